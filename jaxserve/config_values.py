@@ -1,0 +1,98 @@
+"""How single settings are written as text, and the one line that says what is wrong with one."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+_BYTE_UNITS = {"": 1, "B": 1}
+_BYTE_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
+_BYTE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+
+
+def parse_bytes(value: object) -> object:
+    """Turn "2GiB" or "500 MB" into bytes; what is no string passes through.
+
+    >>> parse_bytes("2GiB"), parse_bytes("1.5 KB"), parse_bytes(7)
+    (2147483648, 1500, 7)
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B|)\s*", value)
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise ValueError("must be a number of bytes such as 2147483648, '2GiB' or '500MB'")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def parse_object(value: object) -> object:
+    """Turn JSON text into what it says; what is no string passes through."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"must be a JSON object ({error.msg} at character {error.pos})") from None
+
+
+def as_tuple(value: object) -> object:
+    """Make a tuple of a list, or of one text or integer alone."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, (str, int)) else value
+
+
+def describe_errors(error: ValidationError, places: Mapping[str, str], names: Collection[str]) -> str:
+    """Say in one line what pydantic found: where (by setting name), which of `names`, what was wanted and given."""
+    lines = [_describe(dict(problem), places, names) for problem in error.errors(include_url=False)]
+    return "; ".join(dict.fromkeys(lines))
+
+
+def _describe(problem: dict[str, Any], places: Mapping[str, str], names: Collection[str]) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = next((part for part in reversed(path) if part in names), ".".join(path))
+    place = f"{places[name]}: " if name in places else ""
+    if problem["type"] == "missing":
+        return f"{name} is missing: give it in the launch file or as a flag"
+    given = "" if name == "api_key" else f", got {_shown(problem['input'])}"
+    return f"{place}{name} must {_wanted(problem)}{given}"
+
+
+def _wanted(problem: dict[str, Any]) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _WANTED:
+        return _WANTED[kind].format_map(context)
+    return problem["msg"].removeprefix("Value error, must ").removeprefix("Input should ")
+
+
+_WANTED = {
+    "int_type": "be an integer",
+    "float_type": "be a number",
+    "bool_type": "be true or false",
+    "string_type": "be text",
+    "tuple_type": "be a list",
+    "dict_type": "be a mapping",
+    "string_too_short": "not be empty",
+    "string_pattern_mismatch": "match {pattern}",
+    "greater_than": "be greater than {gt}",
+    "greater_than_equal": "be at least {ge}",
+    "less_than": "be less than {lt}",
+    "less_than_equal": "be at most {le}",
+}
+_TYPE_NAMES: dict[type, str] = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    tuple: "a list",
+    dict: "a mapping",
+    type(None): "nothing",
+}
+
+
+def _shown(value: object) -> str:
+    return f"{value!r:.80} ({_TYPE_NAMES.get(type(value), type(value).__name__)})"
