@@ -102,7 +102,7 @@ class _HeaderParser:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of the unknown type {kind}") from error
         block_size, block_bytes = GGML_QUANT_SIZES[quantization]
         if not shape or shape[-1] % block_size:
-            raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no whole {quantization.name} rows")
+            raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no whole {quantization.name} row")
         num_bytes = math.prod(shape) // block_size * block_bytes
         if offset + num_bytes > len(self.data):
             raise CheckpointError(
@@ -142,8 +142,7 @@ class _HeaderParser:
             position += 8 + length
             if position > len(data):
                 raise CheckpointError(f"{self.path} is truncated: it ends inside a list of strings")
-            # Damaged vocabularies with broken UTF-8 exist: keep the bytes, so that ids stay in step.
-            strings.append(data[position - length : position].decode("utf-8", "surrogateescape"))
+            strings.append(data[position - length : position].decode("utf-8"))
         self.position = position
         return strings
 

@@ -14,8 +14,8 @@ import platformdirs
 from jaxserve.errors import CheckpointError
 
 # What a hub download fetches: nothing else of a repository is ever read.
-MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.jinja", "tokenizer*", "vocab.txt")
-TOKENIZER_FILES = ("*token*.json", "config.json", "generation_config.json", "*.model", "*.jinja", "tokenizer*", "vocab*")
+TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "tokenizer*", "vocab*")
+MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_GGUF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)")
