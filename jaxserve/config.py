@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from jaxserve.config_file import read_launch_file, unknown_setting
-from jaxserve.config_values import as_tuple, describe_errors, parse_bytes, parse_object
+from jaxserve.config_values import as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
 from jaxserve.errors import ConfigError
 
 API_KEY_VARIABLE = "JAXSERVE_API_KEY"
@@ -20,7 +20,7 @@ REDACTED = "***"
 
 Bytes = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | list[str])]
-Integers = Annotated[tuple[int, ...], BeforeValidator(as_tuple, json_schema_input_type=int | list[int])]
+Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers, json_schema_input_type=int | str | list[int])]
 JsonObject = Annotated[dict[str, Any], BeforeValidator(parse_object, json_schema_input_type=str | dict[str, Any])]
 
 

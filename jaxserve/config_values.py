@@ -38,6 +38,16 @@ def parse_object(value: object) -> object:
         raise ValueError(f"must be a JSON object ({error.msg} at character {error.pos})") from None
 
 
+def parse_integers(value: object) -> object:
+    """Make a tuple of a list, of one integer, or of text such as "16,32,64"."""
+    if not isinstance(value, str):
+        return as_tuple(value)
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise ValueError("must be integers such as 16,32,64") from None
+
+
 def as_tuple(value: object) -> object:
     """Make a tuple of a list, or of one text or integer alone."""
     if isinstance(value, list):
