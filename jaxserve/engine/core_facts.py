@@ -14,6 +14,8 @@ class CoreInfo:
     num_blocks: int  # blocks of the KV pool
     block_size: int  # token positions a block
     fingerprint: str  # identifies weights, settings and code
+    eos_token_ids: list[int] = field(default_factory=list)  # of generation_config.json, beside the tokenizer's
+    default_sampling: dict[str, float | int] = field(default_factory=dict)  # of generation_config.json
     startup_s: dict[str, float] = field(default_factory=dict)  # phase ("load", "compile", ...) -> seconds it took
 
 

@@ -14,11 +14,11 @@ from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 
 
-class _Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+class _Message(msgspec.Struct, tag=True, array_like=True):
     """Base of all messages; the class name is the tag."""
 
 
-class WireError(msgspec.Struct, array_like=True, frozen=True):
+class WireError(msgspec.Struct, array_like=True):
     """A `JaxserveError` as data. Only classes of `jaxserve.errors` are made from it."""
 
     kind: str
@@ -27,7 +27,9 @@ class WireError(msgspec.Struct, array_like=True, frozen=True):
 
     @classmethod
     def of(cls, error: JaxserveError) -> WireError:
-        fields = {name: value for name, value in vars(error).items() if isinstance(value, (str, int, float, type(None)))}
+        fields = {
+            name: value for name, value in vars(error).items() if isinstance(value, (str, int, float, type(None)))
+        }
         return cls(type(error).__name__, str(error), fields)
 
     def rebuild(self) -> JaxserveError:

@@ -1,0 +1,158 @@
+"""`EngineChild`: one engine process as its parent sees it, with the socket to it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from jaxserve.config import Config
+from jaxserve.engine import wire
+from jaxserve.engine.process import LaunchOrder
+from jaxserve.errors import ConfigError
+
+LAST_MESSAGES_S = 0.1  # how long to listen on after the process has ended
+MAX_SOCKET_PATH = 100  # bytes; the kernel takes 103 (macOS) to 107 (Linux)
+
+
+class EngineChild:
+    """A running engine process. Made by `launch` on the event loop's thread, used once, closed by `end` or `kill`.
+
+    The socket lies in a folder of its own that nobody else may enter; it is removed as soon as the child has connected.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], context: zmq.asyncio.Context, socket_dir: Path) -> None:
+        self._process = process
+        self._context = context
+        self._socket = _bind(context, socket_dir)
+        self._socket_dir = socket_dir
+        self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        threading.Thread(target=self._wait, args=(asyncio.get_running_loop(),), daemon=True).start()
+
+    @classmethod
+    def launch(cls, config: Config, *, core: str) -> EngineChild:
+        """Start the process; its messages tell how that goes."""
+        socket_dir = _make_socket_dir()
+        # The child imports from where its parent does; without -P it would look into the working directory first.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE, env=environment
+        )
+        child = cls(process, zmq.asyncio.Context(), socket_dir)
+        order = LaunchOrder(
+            endpoint=_endpoint(socket_dir),
+            config_json=config.model_dump_json(exclude={"server": {"api_key"}}),
+            core=core,
+            parent_pid=os.getpid(),
+            log_level=config.server.log_level.upper(),
+        )
+        child._write_order(order)
+        return child
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_text(self) -> str:
+        """How the process ended, for people."""
+        code = self._process.returncode
+        if code is None:
+            return "still runs"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    def send(self, message: wire.ToEngine) -> None:
+        """Hand a message to the socket; never blocks. To a process that has ended it is lost."""
+        self._socket.send(wire.encode(message))
+
+    async def receive(self) -> wire.FromEngine | None:
+        """The next message; None when the process has ended and all it said was heard."""
+        receiving = asyncio.ensure_future(self._socket.recv())
+        try:
+            await asyncio.wait({receiving, self._exited}, return_when=asyncio.FIRST_COMPLETED)
+            if not receiving.done():
+                await asyncio.wait({receiving}, timeout=LAST_MESSAGES_S)
+            if not receiving.done():
+                return None
+        finally:
+            receiving.cancel()
+        self._remove_socket_dir()
+        return wire.decode_from_engine(receiving.result())
+
+    async def end(self, *, timeout_s: float) -> None:
+        """Ask the process to end, and kill it when it has not after `timeout_s`."""
+        if not self._exited.done():
+            self.send(wire.Shutdown())
+            await asyncio.wait({self._exited}, timeout=timeout_s)
+        self.kill()
+        await self._exited
+
+    def kill(self) -> None:
+        """End the process now and let go of everything."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._remove_socket_dir()
+        self._context.destroy(linger=0)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        code = self._process.wait()
+        try:
+            loop.call_soon_threadsafe(self._set_exited, code)
+        except RuntimeError:
+            return  # the loop is closed: nobody waits any more
+
+    def _set_exited(self, code: int) -> None:
+        if not self._exited.done():
+            self._exited.set_result(code)
+
+    def _write_order(self, order: LaunchOrder) -> None:
+        stdin: IO[bytes] | None = self._process.stdin
+        assert stdin is not None
+        try:
+            stdin.write(msgspec.json.encode(order) + b"\n")
+            stdin.flush()
+        except BrokenPipeError:
+            return  # it is dead already, which `receive` reports
+
+    def _remove_socket_dir(self) -> None:
+        if self._socket_dir.exists():
+            shutil.rmtree(self._socket_dir)
+
+
+def _make_socket_dir() -> Path:
+    socket_dir = Path(tempfile.mkdtemp(prefix="jaxserve-"))  # mode 0700
+    if len(os.fsencode(_endpoint(socket_dir))) > MAX_SOCKET_PATH:
+        socket_dir.rmdir()
+        raise ConfigError(
+            f"the temporary folder {tempfile.gettempdir()} has too long a name to hold a unix socket; "
+            f"set TMPDIR to a shorter one, such as /tmp"
+        )
+    return socket_dir
+
+
+def _endpoint(socket_dir: Path) -> str:
+    return f"ipc://{socket_dir}/engine"
+
+
+def _bind(context: zmq.asyncio.Context, socket_dir: Path) -> zmq.asyncio.Socket:
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, 0)  # sending never blocks; the engine reads between any two steps
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.bind(_endpoint(socket_dir))
+    return socket

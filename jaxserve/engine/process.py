@@ -1,0 +1,227 @@
+"""The engine process: `python -m jaxserve.engine.process` runs one engine core and talks to its parent over a socket.
+
+    stdin    one line of JSON (`LaunchOrder`), then silence; its end means that the parent is gone
+    socket   messages of `wire`, both ways
+    stderr   the log
+
+It never outlives its parent, leaves Ctrl-C to it, ends cleanly on SIGTERM, and dies of any error that the core lets
+out: the parent sees the death, fails the requests under way and starts a new one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+
+from jaxserve.engine import wire
+from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.errors import JaxserveError, RequestError
+from jaxserve.outputs import TokenDelta
+from jaxserve.request import EngineRequest
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CORE = "jaxserve.engine.core:EngineCore"
+IDLE_POLL_MS = 200  # how long an idle engine sleeps before it looks for signals and for its parent
+STATS_INTERVAL_S = 0.1
+SEND_LINGER_MS = 2000  # at the end, for the last messages to leave
+ORPHAN_GRACE_S = 2.0  # for a clean end after the parent is gone
+PR_SET_PDEATHSIG = 1
+EXIT_START_FAILED = 3
+EXIT_CORE_DIED = 4
+
+
+class Core(Protocol):
+    """What this process asks of an engine core; `EngineCore` is one."""
+
+    info: CoreInfo
+
+    @property
+    def has_unfinished(self) -> bool: ...
+
+    def add_request(self, request: EngineRequest) -> None: ...
+
+    def abort(self, request_ids: list[str]) -> list[TokenDelta]: ...
+
+    def step(self) -> list[TokenDelta]: ...
+
+    def stats(self) -> EngineStats: ...
+
+    def reset_prefix_cache(self) -> bool: ...
+
+    def shutdown(self) -> None: ...
+
+
+class LaunchOrder(msgspec.Struct, kw_only=True, frozen=True):
+    """What the parent writes to the child's standard input."""
+
+    endpoint: str  # ipc:// address to connect to
+    config_json: str  # a `Config`; never on the command line, where others could read its keys
+    core: str = DEFAULT_CORE  # "module:attribute" of the core's class
+    parent_pid: int
+    log_level: str = "INFO"
+
+
+class EngineProcess:
+    """The main loop: messages in, a step, deltas out. Owns the socket; the core is made in `start`."""
+
+    def __init__(self, socket: zmq.Socket[bytes], make_core: Callable[[Callable[[str], None]], Core]) -> None:
+        self._socket = socket
+        self._make_core = make_core
+        self._send_lock = threading.Lock()  # progress may come from the core's compile threads
+        self._stats_time_s = 0.0
+        self._is_stopping = False
+        self._core: Core
+
+    def start(self) -> None:
+        """Make the core, telling the parent how it goes; errors pass through."""
+        self._core = self._make_core(lambda text: self._send(wire.Progress(text)))
+        self._send(wire.Ready(self._core.info))
+
+    def stop(self) -> None:
+        """Leave the main loop after the step under way; may be called from a signal handler or another thread."""
+        self._is_stopping = True
+
+    def run(self) -> None:
+        """Serve until told to stop, then shut the core down."""
+        try:
+            while not self._is_stopping:
+                self._receive(timeout_ms=0 if self._core.has_unfinished else IDLE_POLL_MS)
+                if self._core.has_unfinished:
+                    self._send_outputs(self._core.step())
+        finally:
+            self._core.shutdown()
+
+    def _receive(self, *, timeout_ms: int) -> None:
+        """Take in all messages that are there; wait up to `timeout_ms` for the first."""
+        while not self._is_stopping and self._socket.poll(timeout_ms):
+            self._handle(wire.decode_to_engine(self._socket.recv()))
+            timeout_ms = 0
+
+    def _handle(self, message: wire.ToEngine) -> None:
+        match message:
+            case wire.AddRequests():
+                self._add(message.unpack())
+            case wire.AbortRequests(request_ids):
+                self._send_outputs(self._core.abort(request_ids))
+            case wire.ResetPrefixCache(call_id):
+                self._send(wire.CallResult(call_id, self._core.reset_prefix_cache()))
+            case wire.Shutdown():
+                self.stop()
+
+    def _add(self, requests: list[EngineRequest]) -> None:
+        """Give the core all sequences of a request, or none."""
+        added: list[str] = []
+        try:
+            for request in requests:
+                self._core.add_request(request)
+                added.append(request.request_id)
+        except RequestError as error:
+            self._core.abort(added)
+            names = [request.request_id for request in requests]
+            self._send(wire.Rejected(names, wire.WireError.of(error)))
+
+    def _send_outputs(self, deltas: list[TokenDelta]) -> None:
+        """Send a step's deltas in one message, with the statistics when they are due."""
+        now_s = time.monotonic()
+        is_due = now_s - self._stats_time_s >= STATS_INTERVAL_S or not self._core.has_unfinished
+        if is_due:
+            self._stats_time_s = now_s
+        if deltas or is_due:
+            self._send(wire.StepOutputs(deltas, self._core.stats() if is_due else None))
+
+    def _send(self, message: wire.FromEngine) -> None:
+        with self._send_lock:
+            self._socket.send(wire.encode(message))
+
+
+def main() -> int:
+    """Run the engine process; the result is its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchOrder)
+    logging.basicConfig(level=order.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    _die_with_parent(order.parent_pid)
+    _watch_parent(order.parent_pid)
+    context = zmq.Context()
+    socket = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.SNDHWM, 0)  # never block, never drop: a step's outputs are small
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.LINGER, SEND_LINGER_MS)
+    socket.connect(order.endpoint)
+    try:
+        return _serve(socket, order)
+    finally:
+        context.destroy()
+
+
+def _serve(socket: zmq.Socket[bytes], order: LaunchOrder) -> int:
+    process = EngineProcess(socket, lambda on_progress: _make_core(order, on_progress))
+    try:
+        process.start()
+    except JaxserveError as error:
+        socket.send(wire.encode(wire.StartFailed(wire.WireError.of(error))))
+        return EXIT_START_FAILED
+    except Exception as error:
+        logger.exception("the engine could not start")
+        failure = JaxserveError(f"the engine could not start: {type(error).__name__}: {error}")
+        socket.send(wire.encode(wire.StartFailed(wire.WireError.of(failure))))
+        return EXIT_START_FAILED
+    signal.signal(signal.SIGTERM, lambda *_: process.stop())
+    try:
+        process.run()
+    except Exception:
+        logger.exception("the engine died")
+        return EXIT_CORE_DIED
+    return 0
+
+
+def _make_core(order: LaunchOrder, on_progress: Callable[[str], None]) -> Core:
+    from jaxserve.config import Config
+
+    module, _, attribute = order.core.partition(":")
+    core_class: Any = getattr(importlib.import_module(module), attribute)
+    return core_class(Config.model_validate_json(order.config_json), on_progress=on_progress)
+
+
+def _exit_on_signal(signal_number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal_number)
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process with its parent, where it can (Linux)."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+            logger.warning("prctl(PR_SET_PDEATHSIG) failed: %s", os.strerror(ctypes.get_errno()))
+    if os.getppid() != parent_pid:  # it died before we asked
+        raise SystemExit("the parent process is gone")
+
+
+def _watch_parent(parent_pid: int) -> None:
+    """End this process when standard input ends or the parent changes, even if the core hangs."""
+
+    def watch() -> None:
+        while os.read(sys.stdin.fileno(), 1) and os.getppid() == parent_pid:
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(ORPHAN_GRACE_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

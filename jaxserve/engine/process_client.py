@@ -1,0 +1,204 @@
+"""`ProcessEngineClient`: the `EngineClient` whose engine runs in a process of its own, watched and started again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from jaxserve.config import Config
+from jaxserve.engine import wire
+from jaxserve.engine.child import EngineChild
+from jaxserve.engine.client import EngineHealth, EngineState, ModelInfo
+from jaxserve.engine.core_facts import CoreInfo
+from jaxserve.engine.live_requests import LiveRequests
+from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, load_tokenizer, model_info
+from jaxserve.engine.process import DEFAULT_CORE
+from jaxserve.engine.supervisor import EngineSupervisor
+from jaxserve.errors import EngineDeadError, ServerDrainingError
+from jaxserve.metrics import ServerMetrics
+from jaxserve.outputs import RequestOutput
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_INLINE_CHARS = 4096  # longer prompts are tokenised in a thread, so as not to hold up the event loop
+
+
+class ProcessEngineClient:
+    """Owns the engine process. All methods belong to one event loop.
+
+    `start`, then any number of `generate`, then `drain` and `shutdown`; or `async with`.
+    """
+
+    model_info: ModelInfo  # this and the next two are set by `start`
+    core_info: CoreInfo
+    tokenizer: Tokenizer
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        core: str = DEFAULT_CORE,
+        metrics: ServerMetrics | None = None,
+        on_progress: Callable[[str], None] | None = None,
+        backoff_s: float = 0.5,
+    ) -> None:
+        """`core` is the core's class as "module:attribute"; `backoff_s` the pause before the second restart."""
+        self.metrics = metrics or ServerMetrics(
+            model_name=config.model.served_names[0], prefix=config.server.metrics_prefix
+        )
+        self._config = config
+        self._supervisor = EngineSupervisor(
+            lambda: EngineChild.launch(config, core=core),
+            on_message=self._on_message,
+            on_death=self._on_death,
+            on_progress=on_progress or (lambda text: logger.info("engine: %s", text)),
+            max_restarts=config.server.max_num_engine_restarts,
+            backoff_s=backoff_s,
+        )
+        self._live = LiveRequests(self.metrics)
+        self._calls: dict[int, asyncio.Future[bool]] = {}
+        self._call_ids = itertools.count()
+        self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._preparer: RequestPreparer
+
+    async def __aenter__(self) -> ProcessEngineClient:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.shutdown()
+
+    @property
+    def health(self) -> EngineHealth:
+        """The engine's state; only READY takes requests."""
+        return self._supervisor.health
+
+    @property
+    def num_live_requests(self) -> int:
+        """Requests whose iterators have not ended."""
+        return len(self._live)
+
+    async def start(self) -> None:
+        """Start the engine process and wait until it is ready; raises what kept it from starting."""
+        loading = asyncio.get_running_loop().run_in_executor(self._tokenizing, load_tokenizer, self._config.model)
+        try:
+            self.core_info = await self._supervisor.start()
+            self.tokenizer = await loading
+        except BaseException:
+            loading.cancel()
+            await self.shutdown()
+            raise
+        self.metrics.set_core_info(self.core_info)
+        self._preparer = RequestPreparer(self.tokenizer, self.core_info, seed=self._config.model.seed)
+        self.model_info = model_info(self._config.model, self.core_info)
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        add_special_tokens: bool = True,
+    ) -> AsyncIterator[RequestOutput]:
+        """See `EngineClient.generate`."""
+        self._check_ready()
+        request = self._live.reserve(request_id)
+        try:
+            options = {"priority": priority, "cache_salt": cache_salt, "add_special_tokens": add_special_tokens}
+            prepared = await self._prepare(prompt, params, request_id=request_id, **options)
+            self._check_ready()
+            self._live.submit(request, prepared, self.tokenizer)
+            self._supervisor.send(wire.AddRequests.of(prepared.sequences))
+            is_finished = False
+            while not is_finished:
+                output = await request.next_output()
+                is_finished = output.finished
+                yield output
+        finally:
+            self._abort_sequences(request.unfinished_ids)
+            self._live.release(request)
+
+    async def abort(self, request_id: str) -> None:
+        """See `EngineClient.abort`."""
+        request = self._live.get(request_id)
+        if request is not None:
+            self._abort_sequences(request.unfinished_ids)
+            request.abort()
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False where running requests hold some."""
+        self._check_ready()
+        call_id = next(self._call_ids)
+        call = self._calls[call_id] = asyncio.get_running_loop().create_future()
+        try:
+            self._supervisor.send(wire.ResetPrefixCache(call_id))
+            return await call
+        finally:
+            del self._calls[call_id]
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and let the running ones finish; True when they did before `timeout_s` had passed."""
+        self._supervisor.drain()
+        try:
+            await asyncio.wait_for(self._live.wait_until_none_left(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def shutdown(self) -> None:
+        """End the running requests with FinishReason.ABORT, then the engine process. May be called twice."""
+        self._supervisor.drain()
+        for request_id in self._live.ids():
+            await self.abort(request_id)
+        await self._supervisor.stop()
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    async def _prepare(self, prompt: str | list[int], params: SamplingParams, **options: Any) -> PreparedRequest:
+        if len(prompt) <= MAX_INLINE_CHARS:
+            return self._preparer.prepare(prompt, params, **options)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._tokenizing, lambda: self._preparer.prepare(prompt, params, **options)
+        )
+
+    def _check_ready(self) -> None:
+        health = self._supervisor.health
+        if health.state is EngineState.DRAINING:
+            raise ServerDrainingError
+        if health.state is not EngineState.READY:
+            raise EngineDeadError(f"the engine is {health.state.value}: {health.detail or 'try again in a moment'}")
+
+    def _abort_sequences(self, sequence_ids: list[str]) -> None:
+        if sequence_ids:
+            self._supervisor.send(wire.AbortRequests(sequence_ids))
+
+    def _on_message(self, message: wire.FromEngine) -> None:
+        match message:
+            case wire.StepOutputs(deltas, stats):
+                self._abort_sequences(self._live.push(deltas))
+                if stats is not None:
+                    self.metrics.set_engine_stats(stats)
+            case wire.Rejected(sequence_ids, error):
+                self._live.reject(sequence_ids, error.rebuild())
+            case wire.CallResult(call_id, value):
+                call = self._calls.get(call_id)
+                if call is not None and not call.done():
+                    call.set_result(value)
+            case _:
+                raise AssertionError(f"unexpected message from a ready engine: {message!r}")
+
+    def _on_death(self, cause: str) -> None:
+        """Nothing that ran in the engine survives it."""
+        self.metrics.engine_died(is_restarting=self.health.state is EngineState.RESTARTING)
+        message = f"{cause} while this request ran"
+        self._live.fail_all(lambda: EngineDeadError(message))
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(EngineDeadError(message))

@@ -1,0 +1,60 @@
+"""A tiny model folder and clients over the fake core, for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from jaxserve.config import Config, config_from_values
+from jaxserve.engine.process_client import ProcessEngineClient
+from jaxserve.tokenizer.tokenizer import Tokenizer
+
+EOS = 256
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory) -> str:
+    """A folder with a tokenizer of 256 byte tokens and an end-of-sequence token."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir) -> Tokenizer:
+    return Tokenizer.from_source(model_dir)
+
+
+@pytest.fixture(scope="session")
+def make_config(model_dir):
+    """Config of the tiny model; `script` goes to the fake core."""
+
+    def make(script: dict | None = None, **values) -> Config:
+        return config_from_values({"model": model_dir, "served_model_name": "tiny", **values}).with_values(
+            hf_overrides=script or {}
+        )
+
+    return make
+
+
+@pytest.fixture
+def fake_client(make_config):
+    """Async context manager: a started client over the fake core in its process."""
+
+    @asynccontextmanager
+    async def make(script: dict | None = None, **values):
+        client = ProcessEngineClient(make_config(script, **values), core="fake_core:FakeCore", backoff_s=0.05)
+        async with client:
+            yield client
+
+    return make
