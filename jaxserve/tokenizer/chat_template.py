@@ -22,14 +22,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jaxserve.errors import ChatTemplateError, TokenizerError
 from jaxserve.tokenizer.content_format import ContentFormat, content_format
 from jaxserve.tokenizer.tokenizer import Tokenizer
+from jaxserve.tokenizer.tokenizer_files import SPECIAL_TOKEN_NAMES
 
 _MAX_PROMPT_CHARS = 16_000_000  # far beyond any context; stops a template that multiplies its input
 # What a template may raise besides Jinja's own errors: it runs Python operators on what a client sent.
 _TEMPLATE_FAULTS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_RESERVED = frozenset(
-    "messages tools documents add_generation_prompt continue_final_message "
-    "bos_token eos_token unk_token pad_token sep_token cls_token mask_token".split()
-)
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", *SPECIAL_TOKEN_NAMES)
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # names that clients give a message's reasoning
 _END_MARK = "\u2063end of the message to continue\u2063 "  # an invisible separator on both sides; nobody writes it
 

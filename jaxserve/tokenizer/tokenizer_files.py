@@ -15,7 +15,7 @@ from jaxserve.weights.source import ModelSource
 
 _log = logging.getLogger(__name__)
 
-_SPECIAL_KEYS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -110,7 +110,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """Return the named special tokens, given as strings or as the dicts of older files."""
     tokens: dict[str, str] = {}
-    for key in _SPECIAL_KEYS:
+    for key in SPECIAL_TOKEN_NAMES:
         value = config.get(key)
         if isinstance(value, dict):
             value = value.get("content")
