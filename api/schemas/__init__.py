@@ -1,0 +1,1 @@
+"""What clients may send: pydantic models, strict, each field with its meaning."""

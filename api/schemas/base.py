@@ -1,0 +1,38 @@
+"""`RequestModel`: the base of every request schema, and the check for parameters that are known but not supported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from api.schemas.unsupported import Unsupported
+from jaxserve.errors import InvalidRequestError
+
+
+class RequestModel(BaseModel):
+    """Strict (true is no integer, "1" is no number) and without room for unknown fields."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    unsupported: ClassVar[Mapping[str, Unsupported]] = {}  # by field name
+
+    @classmethod
+    def check_unsupported(cls, fields: dict[str, Any]) -> None:
+        """Raise for a parameter this server cannot honour; remove those whose value asks for nothing."""
+        for name in fields.keys() & cls.unsupported.keys():
+            parameter = cls.unsupported[name]
+            if not parameter.asks_nothing(fields[name], fields):
+                raise InvalidRequestError(
+                    f"{name} is not supported: {parameter.reason}", param=name, code="unsupported"
+                )
+            del fields[name]
+
+
+class StreamOptions(RequestModel):
+    """What a stream carries besides its text."""
+
+    include_usage: bool = False  # a last chunk with the token counts
+    continuous_usage_stats: bool = False  # token counts so far in every chunk
+    include_obfuscation: bool = False  # OpenAI's padding against traffic analysis; we send none

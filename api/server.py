@@ -1,0 +1,158 @@
+"""`serve`: runs the app under uvicorn until a signal, then lets running requests finish.
+
+first SIGINT or SIGTERM   new requests get 503; running ones have shutdown_timeout_s seconds
+then                      what still runs is aborted, and its clients are told
+second signal             everything ends at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from types import FrameType
+from typing import Any, TypeVar
+
+import uvicorn
+from starlette.applications import Starlette
+
+from api.state import ServerState
+from jaxserve.config import ServerSettings
+
+Result = TypeVar("Result")
+
+_log = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ABORT_GRACE_S = 2.0  # for aborted requests to tell their clients
+_KEEP_ALIVE_S = 75  # longer than the 60 s after which common proxies drop an idle connection
+
+
+async def serve(
+    app: Starlette,
+    config: ServerSettings,
+    *,
+    on_started: Callable[[int], None] | None = None,
+    on_drain: Callable[[], Awaitable[None]] | None = None,
+    sockets: list[socket.socket] | None = None,
+) -> None:
+    """Serve until a signal came and running requests ended. Call it in the main thread, for signals to arrive.
+
+    `on_started` gets the port once requests are taken; `on_drain` is awaited when the shutdown begins, and may tell
+    the engine to refuse new work. `sockets` are listened on instead of the config's host and port.
+    """
+    server = Server(app, config, on_started=on_started, on_drain=on_drain)
+    await server.serve(sockets)
+
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
+    """Run a coroutine that calls `serve`, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:  # Windows has none
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with a shutdown that drains before it closes the door."""
+
+    def __init__(
+        self,
+        app: Starlette,
+        config: ServerSettings,
+        *,
+        on_started: Callable[[int], None] | None = None,
+        on_drain: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
+        super().__init__(_uvicorn_config(app, config))
+        self._state: ServerState = app.state.server
+        self._timeout_s = config.shutdown_timeout_s
+        self._on_started = on_started
+        self._on_drain = on_drain
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Open the port and say so."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        if self.started and self._on_started is not None:
+            self._on_started(self.servers[0].sockets[0].getsockname()[1])
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle signals while serving. Unlike uvicorn, do not raise them again: a drained end is a good end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain; the second time, end at once."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self.begin_shutdown)
+        else:
+            self.should_exit = True
+
+    def begin_shutdown(self) -> None:
+        """Do what a signal does; call it in the event loop."""
+        if self._drain_task is not None:
+            _log.warning("second signal: ending at once")
+            self._drain_task.cancel()
+            self.should_exit = self.force_exit = True
+            return
+        self._drain_task = asyncio.ensure_future(self._drain())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, and cut off what a forced end left running."""
+        await super().shutdown(sockets)
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    async def _drain(self) -> None:
+        in_flight = self._state.in_flight
+        in_flight.is_draining = True
+        _log.info("shutting down: %d requests have %g s to finish", in_flight.num_http, self._timeout_s)
+        try:
+            if self._on_drain is not None:
+                await self._on_drain()
+            if not await in_flight.wait_idle(self._timeout_s):
+                await self._abort_running()
+        finally:
+            self.should_exit = True
+
+    async def _abort_running(self) -> None:
+        in_flight = self._state.in_flight
+        _log.warning("aborting %d requests that did not finish in time", in_flight.num_http)
+        for request_id in list(in_flight.request_ids):
+            await self._state.engine.abort(request_id)
+        await in_flight.wait_idle(_ABORT_GRACE_S)
+
+
+def _uvicorn_config(app: Starlette, config: ServerSettings) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        root_path=config.root_path,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        log_config=None,  # logging is set up by whoever starts us
+        log_level=config.log_level,
+        access_log=config.enable_log_requests,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=int(_ABORT_GRACE_S),
+    )
