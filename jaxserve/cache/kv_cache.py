@@ -1,0 +1,73 @@
+"""The paged KV cache on the devices: its layout, how many blocks fit, and its arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from jaxserve.errors import ConfigError
+from jaxserve.parallel.mesh import TENSOR
+from pallas_kernels.paged_attention import POOL_HEAD_AXIS, pool_dtype, pool_shape
+
+LayerCache = tuple[jax.Array, jax.Array]  # one layer's K pool and V pool, in the attention backend's layout
+
+RESERVED_BLOCKS = 1  # block 0 takes the writes of padding rows
+
+
+def pool_partition_spec() -> PartitionSpec:
+    """How a pool is split over the mesh: by KV head, whichever axis the layout has it on."""
+    return PartitionSpec(*(TENSOR if axis == POOL_HEAD_AXIS else None for axis in range(POOL_HEAD_AXIS + 1)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVCacheSpec:
+    """Sizes of the cache, all layers alike; the attention backend decides the layout of a pool."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: DTypeLike
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that one block takes over all layers, K and V, on all devices together."""
+        per_token = 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
+        return self.num_layers * self.block_size * per_token
+
+    def num_blocks_in(self, num_bytes: int) -> int:
+        """Blocks that fit `num_bytes`; `ConfigError` if that is not even one to use."""
+        num_blocks = num_bytes // self.block_bytes
+        if num_blocks <= RESERVED_BLOCKS:
+            raise ConfigError(
+                f"{num_bytes / 2**20:.0f} MiB hold {num_blocks} KV blocks of {self.block_bytes / 2**20:.2f} MiB, at "
+                f"least {RESERVED_BLOCKS + 1} are needed; raise kv_cache_memory_bytes or gpu_memory_utilization"
+            )
+        return int(num_blocks)
+
+    def layer_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Shape of one layer's K (or V) pool."""
+        return pool_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+
+    def abstract(self, num_blocks: int, mesh: Mesh) -> list[LayerCache]:
+        """Shapes, dtypes and shardings of the arrays that `allocate` makes."""
+        one = jax.ShapeDtypeStruct(
+            self.layer_shape(num_blocks),
+            pool_dtype(self.dtype, mesh.devices.flat[0].platform),
+            sharding=NamedSharding(mesh, pool_partition_spec()),
+        )
+        return [(one, one)] * self.num_layers
+
+    def allocate(self, num_blocks: int, mesh: Mesh) -> list[LayerCache]:
+        """Zeroed pools of all layers, split over the mesh by KV head."""
+        abstract = self.abstract(num_blocks, mesh)
+
+        def zeros() -> list[LayerCache]:
+            return [tuple(jnp.zeros(pool.shape, pool.dtype) for pool in layer) for layer in abstract]  # type: ignore[misc]
+
+        shardings = jax.tree.map(lambda pool: pool.sharding, abstract)
+        return jax.jit(zeros, out_shardings=shardings)()

@@ -1,0 +1,85 @@
+"""`EngineCore`: plans a step, dispatches it, and collects the one before; the loop that everything else serves."""
+
+from __future__ import annotations
+
+from jaxserve.config import Config
+from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.startup import OnProgress, Started, start
+from jaxserve.outputs import TokenDelta
+from jaxserve.request import EngineRequest
+from jaxserve.runner.model_runner import PendingStep, Runner
+from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.scheduler import Scheduler
+
+
+class EngineCore:
+    """Owns the scheduler and the runner of one model. Not thread-safe: one thread calls everything.
+
+    # device   |--- step 1 ---|--- step 2 ---|--- step 3 ---|
+    # host     plan 2, dispatch 2, result 1, update | plan 3, dispatch 3, result 2, update | ...
+    """
+
+    def __init__(self, config: Config, *, on_progress: OnProgress | None = None, started: Started | None = None) -> None:
+        """Load and compile (or take what `started` brings): ready afterwards."""
+        started = started or start(config, on_progress or (lambda line: None))
+        self.info: CoreInfo = started.info
+        self._scheduler: Scheduler = started.scheduler
+        self._runner: Runner = started.runner
+        self._guard = started.guard
+        self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight
+        self._in_flight: list[tuple[StepPlan, PendingStep]] = []
+        self._num_steps = 0
+        self._num_computed_tokens = 0
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self._in_flight) or self._scheduler.has_unfinished
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queue a request; raises `QueueFullError` or `PromptTooLongError`."""
+        self._scheduler.add(request)
+
+    def abort(self, request_ids: list[str]) -> list[TokenDelta]:
+        """End requests now; their blocks are free for the next plan."""
+        return self._scheduler.abort(request_ids)
+
+    def step(self) -> list[TokenDelta]:
+        """Dispatch the next plan, then collect the step before it; empty while the pipeline fills."""
+        plan = self._scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append((plan, self._runner.dispatch(plan)))
+            self._num_steps += 1
+            self._num_computed_tokens += plan.total_num_tokens
+        if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
+            done, pending = self._in_flight.pop(0)
+            return self._scheduler.update(done, pending.result())
+        if plan is None and not self._in_flight:
+            self._scheduler.check_integrity()
+        return []
+
+    def stats(self) -> EngineStats:
+        """Gauges of this moment and counters since the start."""
+        now = self._scheduler.stats()
+        return EngineStats(
+            num_running=now.num_running,
+            num_waiting=now.num_waiting,
+            kv_cache_usage=now.kv_cache_usage,
+            prefix_queried_tokens=now.prefix_queried_tokens,
+            prefix_hit_tokens=now.prefix_hit_tokens,
+            num_preemptions=now.num_preemptions,
+            num_steps=self._num_steps,
+            num_computed_tokens=self._num_computed_tokens,
+            num_compiles_after_ready=self._guard.num_compiles,
+        )
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached blocks; False while requests use some."""
+        return self._scheduler.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        """Wait for what is in flight; no step may follow."""
+        for _, pending in self._in_flight:
+            pending.result()
+        self._in_flight.clear()
+        self._guard.disarm()

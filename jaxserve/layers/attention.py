@@ -1,0 +1,137 @@
+"""Self-attention over the paged KV cache: projections, rotation, cache write, attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from jaxserve.cache.kv_cache import LayerCache, pool_partition_spec
+from jaxserve.layers.linear import Linear
+from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.rope import Rotation, rotate
+from jaxserve.parallel.mesh import TENSOR
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.paged_attention import AttentionMetadata, paged_attention
+
+@partial(jax.tree_util.register_dataclass, data_fields=["metadata", "kv_slots"], meta_fields=[])
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What every layer's attention needs to know of the step's batch."""
+
+    metadata: AttentionMetadata
+    kv_slots: jax.Array  # i32[tokens], where each token's K and V go: block * block_size + offset
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionBackend:
+    """Where attention runs: the mesh, and which kernel (None: the device's best)."""
+
+    mesh: Mesh
+    implementation: Implementation | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionShape:
+    """Sizes of one attention layer."""
+
+    hidden_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads a KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023).
+
+    The fused projection keeps each KV head with its query heads, so that one mesh axis splits all three:
+    # qkv.weight [kv_heads, group + 2, head_dim, hidden]
+    #             per KV head: | q .. q (group) | k | v |
+    """
+
+    def __init__(
+        self,
+        shape: AttentionShape,
+        *,
+        numerics: Numerics,
+        backend: AttentionBackend,
+        bias: bool = False,
+        out_bias: bool = False,
+        sliding_window: int | None = None,
+    ) -> None:
+        qkv_shape = (shape.num_kv_heads, shape.group + 2, shape.head_dim)
+        self.qkv = Linear(
+            shape.hidden_size, qkv_shape, axes=("kv_heads", None, None, None), numerics=numerics, bias=bias
+        )
+        q_features = shape.num_q_heads * shape.head_dim
+        self.out = Linear(
+            q_features, (shape.hidden_size,), axes=(None, "q_features"), numerics=numerics, bias=out_bias
+        )
+        self.shape = shape
+        self.backend = backend
+        self.sliding_window = sliding_window
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], angles: Rotation, cache: LayerCache, inputs: AttentionInputs
+    ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
+        qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, head_dim]
+        rotated = rotate(qkv[:, :, :-1], angles)
+        attended, cache = self._attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1], cache, inputs)
+        return self.out(attended.reshape(x.shape[0], -1)), cache
+
+    def _attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, inputs: AttentionInputs
+    ) -> tuple[jax.Array, LayerCache]:
+        run = partial(
+            _write_and_attend,
+            scale=self.shape.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            implementation=self.backend.implementation,
+        )
+        if self.backend.mesh.size > 1:  # kernels see one device's heads; nothing crosses devices here
+            heads = PartitionSpec(None, TENSOR)
+            pool = pool_partition_spec()
+            run = jax.shard_map(
+                run,
+                mesh=self.backend.mesh,
+                in_specs=(heads, heads, heads, (pool, pool), PartitionSpec()),
+                out_specs=(heads, (pool, pool)),
+                check_vma=False,
+            )
+        return run(q, k, v, cache, inputs)
+
+
+def _write_and_attend(
+    q: Float[Array, "tokens kv_heads group head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    cache: LayerCache,
+    inputs: AttentionInputs,
+    *,
+    scale: float,
+    sliding_window: int | None,
+    implementation: Implementation | None,
+) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
+    """Write this step's K and V, then attend to all of each sequence's; new blocks are readable at once."""
+    cache = kv_write(k, v, *cache, inputs.kv_slots, implementation=implementation)
+    flat = q.reshape(q.shape[0], -1, q.shape[-1])  # [tokens, q_heads, head_dim]
+    attended = paged_attention(
+        flat,
+        *cache,
+        inputs.metadata,
+        scale=scale,
+        sliding_window=sliding_window,
+        implementation=implementation,
+    )
+    return attended.reshape(q.shape).astype(jnp.result_type(q)), cache

@@ -1,0 +1,34 @@
+"""The gated feed-forward layer (SwiGLU, Shazeer 2020)."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from jaxserve.layers.linear import Linear
+from jaxserve.layers.numerics import Numerics
+
+
+class GatedMLP(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`; gate and up are one product, laid out so that the mesh splits both alike.
+
+    # gate_up.weight [shards, 2, ffn / shards, hidden]: each shard holds its share of gate, then of up
+    """
+
+    def __init__(
+        self, hidden_size: int, ffn_size: int, *, numerics: Numerics, num_shards: int = 1, bias: bool = False
+    ) -> None:
+        self.gate_up = Linear(
+            hidden_size,
+            (num_shards, 2, ffn_size // num_shards),
+            axes=("shards", None, None, None),
+            numerics=numerics,
+            bias=bias,
+        )
+        self.down = Linear(ffn_size, (hidden_size,), axes=(None, "ffn"), numerics=numerics, bias=bias)
+
+    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
+        gate_up = self.gate_up(x)  # [tokens, shards, 2, ffn / shards]
+        gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return self.down(gated.reshape(x.shape[0], -1))

@@ -1,0 +1,128 @@
+"""Rotary position embedding (Su et al. 2021) with the frequency scalings that Llama-family checkpoints name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxserve.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Base, rotated width and scaling of the rotary embedding, from any spelling of `config.json`."""
+
+    theta: float
+    head_dim: int
+    rope_type: str = "default"
+    scaling: Mapping[str, Any] | None = None
+    max_position_embeddings: int = 2048
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+        """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
+        parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
+        if rope_type not in _INVERSE_FREQUENCIES:
+            known = ", ".join(sorted(_INVERSE_FREQUENCIES))
+            raise CheckpointError(f"config.json: rope type {rope_type!r} is not supported; known are {known}")
+        theta = parameters.get("rope_theta") or config.get("rope_theta") or 10000.0
+        return cls(
+            theta=float(theta),
+            head_dim=head_dim,
+            rope_type=rope_type,
+            scaling=parameters,
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+        )
+
+    def scaling_value(self, name: str) -> float:
+        """A number that the rope type needs; `CheckpointError` if `config.json` lacks it."""
+        value = (self.scaling or {}).get(name)
+        if value is None:
+            raise CheckpointError(f"config.json: rope type {self.rope_type!r} needs {name!r} in rope_parameters")
+        return float(value)
+
+    def inverse_frequencies(self) -> tuple[np.ndarray, float]:
+        """(f32[head_dim / 2], factor that cos and sin are multiplied by)."""
+        return _INVERSE_FREQUENCIES[self.rope_type](self)
+
+
+def _default(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    exponents = np.arange(0, rope.head_dim, 2, dtype=np.float32) / np.float32(rope.head_dim)
+    return (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32), 1.0
+
+
+def _linear(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    frequencies, factor = _default(rope)
+    return frequencies / np.float32(rope.scaling_value("factor")), factor
+
+
+def _llama3(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    frequencies, scale = _default(rope)
+    factor = rope.scaling_value("factor")
+    low, high = rope.scaling_value("low_freq_factor"), rope.scaling_value("high_freq_factor")
+    original = rope.scaling_value("original_max_position_embeddings")
+    wavelengths = 2 * np.pi / frequencies
+    smooth = (original / wavelengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / factor + smooth * frequencies
+    scaled = np.where(wavelengths > original / low, frequencies / factor, frequencies)
+    is_between = (wavelengths >= original / high) & (wavelengths <= original / low)
+    return np.where(is_between, blended, scaled).astype(np.float32), scale
+
+
+def _yarn(rope: RopeConfig) -> tuple[np.ndarray, float]:
+    """YaRN (Peng et al. 2023): interpolate slow dimensions, keep fast ones, ramp between, and scale attention."""
+    scaling = rope.scaling or {}
+    factor = rope.scaling_value("factor")
+    original = float(scaling.get("original_max_position_embeddings") or rope.max_position_embeddings)
+    beta_fast, beta_slow = float(scaling.get("beta_fast") or 32), float(scaling.get("beta_slow") or 1)
+
+    def dimension(rotations: float) -> float:
+        return rope.head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(beta_fast), dimension(beta_slow)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.head_dim - 1)
+    ramp = np.clip((np.arange(rope.head_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
+    frequencies, _ = _default(rope)
+    blended = frequencies / factor * ramp + frequencies * (1 - ramp)
+    return blended.astype(np.float32), _yarn_attention_factor(scaling, factor)
+
+
+def _yarn_attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return scale(float(scaling["mscale"])) / scale(float(scaling["mscale_all_dim"]))
+    return scale(1.0)
+
+
+_INVERSE_FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+
+Rotation = tuple[Float[Array, "tokens half"], Float[Array, "tokens half"]]  # cos, sin
+
+
+def rotation(rope: RopeConfig, positions: Int[Array, " tokens"]) -> Rotation:
+    """cos and sin of every position's angles, float32; computed once a step for all layers."""
+    frequencies, factor = rope.inverse_frequencies()
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x: Float[Array, "tokens ... head_dim"], angles: Rotation) -> Float[Array, "tokens ... head_dim"]:
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its position's angle, in float32."""
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1] // 2)
+    cos, sin = (part.reshape(shape) for part in angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

@@ -1,0 +1,120 @@
+"""What every model family offers: `DecoderConfig` read from config.json, `CausalLM`, and `WeightRule`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from jaxserve.errors import CheckpointError
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.layers.attention import AttentionBackend, AttentionInputs
+from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.rope import RopeConfig
+
+
+def _only_one(tensors: Sequence[np.ndarray]) -> np.ndarray:
+    (tensor,) = tensors
+    return tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightRule:
+    """How one of our parameters is made of a checkpoint's tensors.
+
+    `param` is the parameter's dotted path, `sources` the tensor names, `shapes` the shape each must have, `assemble`
+    turns them (in order, in the checkpoint's dtype) into an array of `param_shape`.
+    """
+
+    param: str
+    sources: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    param_shape: tuple[int, ...]
+    assemble: Callable[[Sequence[np.ndarray]], np.ndarray] = _only_one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderConfig:
+    """Sizes of a decoder-only transformer, from `config.json`."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    ffn_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_epsilon: float
+    rope: RopeConfig
+    max_position_embeddings: int
+    tie_embeddings: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None
+    num_shards: int = 1  # parts that fused projections are laid out in: the mesh's size
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read `config.json`, old spellings and new; `CheckpointError` names a missing or impossible entry."""
+        num_q_heads = _positive(config, "num_attention_heads")
+        hidden_size = _positive(config, "hidden_size")
+        num_kv_heads = int(config.get("num_key_value_heads") or num_q_heads)
+        head_dim = int(config.get("head_dim") or hidden_size // num_q_heads)
+        if num_q_heads % num_kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
+                f"num_key_value_heads ({num_kv_heads})"
+            )
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
+        architectures = config.get("architectures") or ["<none>"]
+        return cls(
+            architecture=str(architectures[0]),
+            vocab_size=_positive(config, "vocab_size"),
+            hidden_size=hidden_size,
+            ffn_size=_positive(config, "intermediate_size"),
+            num_layers=_positive(config, "num_hidden_layers"),
+            num_q_heads=num_q_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            rope=RopeConfig.from_hf(config, head_dim),
+            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            sliding_window=config.get("sliding_window"),
+        )
+
+
+def _positive(config: Mapping[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"config.json: {name!r} must be a positive integer, got {value!r}")
+    return value
+
+
+class CausalLM(Protocol):
+    """A decoder-only language model, as the runner sees it. Built abstract; `weights` fills its parameters."""
+
+    def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None: ...
+
+    def hidden_states(
+        self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: AttentionInputs
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """(final normalised hidden states [tokens, hidden], the caches with this step's K and V written)."""
+        ...
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """f32[rows, vocab] of hidden states [rows, hidden]."""
+        ...
+
+    @staticmethod
+    def weight_rules(config: DecoderConfig) -> list[WeightRule]:
+        """Every parameter's way out of a Hugging Face checkpoint."""
+        ...

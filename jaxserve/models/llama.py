@@ -1,0 +1,158 @@
+"""The Llama family: Llama 2, 3 and 3.x, Mistral, SmolLM2, and whatever shares their layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.layers.attention import Attention, AttentionBackend, AttentionInputs, AttentionShape
+from jaxserve.layers.linear import Embedding
+from jaxserve.layers.mlp import GatedMLP
+from jaxserve.layers.norm import RMSNorm
+from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.rope import Rotation, rotation
+from jaxserve.models.base import DecoderConfig, WeightRule
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None:
+        norm = partial(RMSNorm, config.hidden_size, epsilon=config.norm_epsilon, numerics=numerics)
+        self.attention_norm = norm()
+        self.attention = Attention(
+            AttentionShape(
+                hidden_size=config.hidden_size,
+                num_q_heads=config.num_q_heads,
+                num_kv_heads=config.num_kv_heads,
+                head_dim=config.head_dim,
+            ),
+            numerics=numerics,
+            backend=backend,
+            bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            sliding_window=config.sliding_window,
+        )
+        self.mlp_norm = norm()
+        self.mlp = GatedMLP(
+            config.hidden_size,
+            config.ffn_size,
+            numerics=numerics,
+            num_shards=config.num_shards,
+            bias=config.mlp_bias,
+        )
+
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], angles: Rotation, cache: LayerCache, inputs: AttentionInputs
+    ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
+        attended, cache = self.attention(self.attention_norm(x), angles, cache, inputs)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """Embedding, decoder layers, final norm, head."""
+
+    def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None:
+        self.embedding = Embedding(config.vocab_size, config.hidden_size, numerics=numerics)
+        self.layers = nnx.List(
+            DecoderLayer(config, numerics=numerics, backend=backend) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, numerics=numerics)
+        tied = config.tie_embeddings
+        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, numerics=numerics)
+        self.rope = config.rope
+
+    def hidden_states(
+        self,
+        token_ids: Int[Array, " tokens"],
+        positions: Int[Array, " tokens"],
+        caches: Sequence[LayerCache],
+        inputs: AttentionInputs,
+    ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
+        x = self.embedding(token_ids)
+        angles = rotation(self.rope, positions)
+        written = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer(x, angles, cache, inputs)
+            written.append(cache)
+        return self.norm(x), written
+
+    def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
+        return (self.head or self.embedding).logits(hidden)
+
+    @staticmethod
+    def weight_rules(config: DecoderConfig) -> list[WeightRule]:
+        hidden, vocab = config.hidden_size, config.vocab_size
+        rules = [
+            _plain("embedding.weight", "model.embed_tokens.weight", (vocab, hidden)),
+            _plain("norm.weight", "model.norm.weight", (hidden,)),
+        ]
+        if not config.tie_embeddings:
+            rules.append(_plain("head.weight", "lm_head.weight", (vocab, hidden)))
+        for index in range(config.num_layers):
+            rules += _layer_rules(config, index)
+        return rules
+
+
+def _plain(param: str, source: str, shape: tuple[int, ...]) -> WeightRule:
+    return WeightRule(param=param, sources=(source,), shapes=(shape,), param_shape=shape)
+
+
+def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
+    ours, theirs = f"layers.{index}", f"model.layers.{index}"
+    hidden, q_features = config.hidden_size, config.num_q_heads * config.head_dim
+    rules = [
+        _plain(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight", (hidden,)),
+        _plain(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight", (hidden,)),
+        _plain(f"{ours}.attention.out.weight", f"{theirs}.self_attn.o_proj.weight", (hidden, q_features)),
+        _plain(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", (hidden, config.ffn_size)),
+        _qkv_rule(config, f"{ours}.attention.qkv", f"{theirs}.self_attn", "weight", (hidden,)),
+        _gate_up_rule(config, f"{ours}.mlp.gate_up", f"{theirs}.mlp", "weight", (hidden,)),
+    ]
+    if config.attention_bias:
+        rules.append(_plain(f"{ours}.attention.out.bias", f"{theirs}.self_attn.o_proj.bias", (hidden,)))
+        rules.append(_qkv_rule(config, f"{ours}.attention.qkv", f"{theirs}.self_attn", "bias", ()))
+    if config.mlp_bias:
+        rules.append(_plain(f"{ours}.mlp.down.bias", f"{theirs}.mlp.down_proj.bias", (hidden,)))
+        rules.append(_gate_up_rule(config, f"{ours}.mlp.gate_up", f"{theirs}.mlp", "bias", ()))
+    return rules
+
+
+def _qkv_rule(config: DecoderConfig, ours: str, theirs: str, part: str, tail: tuple[int, ...]) -> WeightRule:
+    kv_heads, head_dim = config.num_kv_heads, config.head_dim
+    group = config.num_q_heads // kv_heads
+    q_shape, kv_shape = (config.num_q_heads * head_dim, *tail), (kv_heads * head_dim, *tail)
+
+    def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        heads = [tensor.reshape(kv_heads, -1, head_dim, *tail) for tensor in tensors]  # q, k, v by KV head
+        return np.concatenate(heads, axis=1)
+
+    return WeightRule(
+        param=f"{ours}.{part}",
+        sources=tuple(f"{theirs}.{name}_proj.{part}" for name in "qkv"),
+        shapes=(q_shape, kv_shape, kv_shape),
+        param_shape=(kv_heads, group + 2, head_dim, *tail),
+        assemble=assemble,
+    )
+
+
+def _gate_up_rule(config: DecoderConfig, ours: str, theirs: str, part: str, tail: tuple[int, ...]) -> WeightRule:
+    shards = (config.num_shards, config.ffn_size // config.num_shards, *tail)
+
+    def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([tensor.reshape(shards) for tensor in tensors], axis=1)
+
+    shape = (config.ffn_size, *tail)
+    return WeightRule(
+        param=f"{ours}.{part}",
+        sources=(f"{theirs}.gate_proj.{part}", f"{theirs}.up_proj.{part}"),
+        shapes=(shape, shape),
+        param_shape=(config.num_shards, 2, *shards[1:]),
+        assemble=assemble,
+    )

@@ -1,0 +1,133 @@
+"""From a plan's ragged rows to the padded arrays of one bucket. NumPy only: it runs while the device works."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.runner.buckets import Bucket, Buckets
+from jaxserve.runner.slot_table import SlotTable
+from jaxserve.scheduler.plan import StepPlan
+from pallas_kernels.paged_attention import AttentionMetadata, build_metadata
+
+
+@dataclass(frozen=True, slots=True)
+class HostBatch:
+    """One step's arrays on the host. Rows of one token come first; `order[i]` is batch row i's row in the plan."""
+
+    bucket: Bucket
+    num_rows: int
+    order: np.ndarray  # i64[num_rows]
+    token_slots: np.ndarray  # i32[tokens], 0 past the end
+    positions: np.ndarray  # i32[tokens]
+    kv_slots: np.ndarray  # i32[tokens], in block 0 past the end
+    metadata: AttentionMetadata  # NumPy leaves
+    last_tokens: np.ndarray  # i32[rows], index of each row's last token in the batch
+    sample_slots: np.ndarray  # i32[rows], the row's slot, or 0 where it does not sample
+    row_slots: np.ndarray  # i32[num_rows], the row's slot
+    starts: np.ndarray  # i32[num_rows]
+    num_tokens: np.ndarray  # i32[num_rows]
+
+    @property
+    def write_positions(self) -> np.ndarray:
+        """i32[rows]: where the sampled token goes in its slot; 0 for padding."""
+        positions = np.zeros(self.bucket.num_rows, np.int32)
+        positions[: self.num_rows] = self.starts + self.num_tokens
+        return positions
+
+
+class BatchBuilder:
+    """Builds each step's `HostBatch` from its plan and the slot table."""
+
+    def __init__(self, buckets: Buckets, slots: SlotTable, *, block_size: int) -> None:
+        self._buckets = buckets
+        self._slots = slots
+        self._block_size = block_size
+
+    def build(self, plan: StepPlan) -> HostBatch:
+        """Pad the plan's rows to the smallest bucket; `slots.apply(plan)` must have been called."""
+        num_tokens = np.array(plan.num_tokens, np.int32)
+        order = np.argsort(num_tokens > 1, kind="stable")
+        num_tokens = num_tokens[order]
+        row_slots = np.array(plan.slots, np.int32)[order]
+        starts = np.array(plan.starts, np.int32)[order]
+        samples = np.array(plan.samples, bool)[order]
+        ends = np.cumsum(num_tokens, dtype=np.int32)
+        bucket = self._buckets.pick(int(ends[-1]))
+        token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
+        block_tables = self._slots.block_tables
+        blocks = block_tables[token_slots, positions // self._block_size]
+        num_rows = len(order)
+        return HostBatch(
+            bucket=bucket,
+            num_rows=num_rows,
+            order=order,
+            token_slots=token_slots,
+            positions=positions,
+            kv_slots=blocks * self._block_size + positions % self._block_size,
+            metadata=build_metadata(
+                num_tokens,
+                starts + num_tokens,
+                block_tables[row_slots],
+                block_size=self._block_size,
+                num_tokens=bucket.num_tokens,
+                num_rows=bucket.num_rows,
+            ),
+            last_tokens=_padded(ends - 1, bucket.num_rows),
+            sample_slots=_padded(np.where(samples, row_slots, 0), bucket.num_rows),
+            row_slots=row_slots,
+            starts=starts,
+            num_tokens=num_tokens,
+        )
+
+    @staticmethod
+    def _tokens(
+        bucket: Bucket, row_slots: np.ndarray, starts: np.ndarray, num_tokens: np.ndarray, ends: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Each token's slot and position; padding is (0, 0).
+
+        # rows        | a: start 7, 1 token | b: start 0, 3 tokens | padding
+        # token_slots | a                   | b b b                | 0
+        # positions   | 7                   | 0 1 2                | 0
+        """
+        total = int(ends[-1])
+        offsets = starts - (ends - num_tokens)  # position of a row's token minus its index in the batch
+        token_slots = np.zeros(bucket.num_tokens, np.int32)
+        positions = np.zeros(bucket.num_tokens, np.int32)
+        token_slots[:total] = np.repeat(row_slots, num_tokens)
+        positions[:total] = np.arange(total, dtype=np.int32) + np.repeat(offsets, num_tokens)
+        return token_slots, positions
+
+
+def _padded(values: np.ndarray, size: int) -> np.ndarray:
+    padded = np.zeros(size, np.int32)
+    padded[: len(values)] = values
+    return padded
+
+
+def empty_batch(bucket: Bucket, block_size: int) -> HostBatch:
+    """A batch of padding alone: its shapes are those of every batch of the bucket."""
+    nothing = np.zeros(0, np.int32)
+    tokens, rows = (np.zeros(size, np.int32) for size in (bucket.num_tokens, bucket.num_rows))
+    return HostBatch(
+        bucket=bucket,
+        num_rows=0,
+        order=nothing,
+        token_slots=tokens,
+        positions=tokens,
+        kv_slots=tokens,
+        metadata=build_metadata(
+            nothing,
+            nothing,
+            np.zeros((0, 1), np.int32),
+            block_size=block_size,
+            num_tokens=bucket.num_tokens,
+            num_rows=bucket.num_rows,
+        ),
+        last_tokens=rows,
+        sample_slots=rows,
+        row_slots=nothing,
+        starts=nothing,
+        num_tokens=nothing,
+    )

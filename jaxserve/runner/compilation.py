@@ -1,0 +1,91 @@
+"""Ahead-of-time compilation of every shape, in threads, with the persistent cache; and the guard after ready."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax import monitoring
+from jax.stages import Compiled, Lowered
+
+from jaxserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Key = TypeVar("Key")
+OnCompiled = Callable[[int, int], None]  # done, in total
+
+# jax records one of these a program that is compiled, or read from the persistent cache, outside ahead-of-time calls.
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def enable_persistent_cache(folder: Path) -> None:
+    """Keep compiled programs in `folder`, whatever they took to compile. Set once, before the first compile.
+
+    A cache holds code that will run: the folder is made readable by its owner alone.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"compilation_cache_dir {folder} cannot be made: {error.strerror}") from error
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def compile_all(
+    jobs: Mapping[Key, Callable[[], Lowered]],
+    *,
+    num_threads: int | None = None,
+    on_compiled: OnCompiled | None = None,
+) -> dict[Key, Compiled]:
+    """Trace, lower and compile every job; the largest should come first. The first error ends it."""
+    num_threads = num_threads or os.cpu_count() or 1
+    compiled: dict[Key, Compiled] = {}
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
+        futures = {pool.submit(_compile, lower): key for key, lower in jobs.items()}
+        try:
+            for future in as_completed(futures):
+                compiled[futures[future]] = future.result()
+                if on_compiled is not None:
+                    on_compiled(len(compiled), len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return compiled
+
+
+def _compile(lower: Callable[[], Lowered]) -> Compiled:
+    return lower().compile()
+
+
+class CompileGuard:
+    """Counts compiles after `arm()`: each is a shape that warm-up forgot, and stalls every request while it lasts."""
+
+    def __init__(self) -> None:
+        self.num_compiles = 0
+        self._armed = False
+        self._lock = threading.Lock()
+        monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def arm(self) -> None:
+        """Start counting: the engine is ready."""
+        self._armed = True
+
+    def disarm(self) -> None:
+        """Stop counting: the engine shuts down, or a test compiles something of its own."""
+        self._armed = False
+
+    def _on_event(self, event: str, duration_s: float, **details: Any) -> None:
+        if event == _COMPILE_EVENT and self._armed:
+            with self._lock:
+                self.num_compiles += 1
+            logger.error(
+                "compiled a program after ready (%.2f s, %s): a shape is missing in the warm-up", duration_s, details
+            )

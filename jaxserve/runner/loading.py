@@ -1,0 +1,98 @@
+"""From a launch config to a model: finds the checkpoint, reads its config, and streams its weights to the mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from jaxserve.config import ModelSettings
+from jaxserve.errors import ConfigError
+from jaxserve.models.base import DecoderConfig
+from jaxserve.parallel.mesh import sharding
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
+from jaxserve.weights.dummy import DummyCheckpoint
+from jaxserve.weights.mapping import load_params
+from jaxserve.weights.safetensors_files import read_json
+from jaxserve.weights.source import resolve_source
+
+_DTYPES: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """An opened checkpoint (None: random weights) with its config, overrides applied, and the dtype to run in."""
+
+    checkpoint: Checkpoint | None
+    hf_config: dict[str, Any]
+    decoder: DecoderConfig
+    dtype: np.dtype
+    seed: int
+
+    def max_model_len(self, asked: int | None) -> int:
+        """Positions a sequence may have: what was asked for, within what the model was made for."""
+        limit = self.decoder.max_position_embeddings
+        if asked is not None and asked > limit:
+            raise ConfigError(
+                f"max_model_len is {asked}, but the model's max_position_embeddings is {limit}; lower it, or override "
+                "max_position_embeddings in hf_overrides"
+            )
+        return asked or limit
+
+
+def open_model(config: ModelSettings) -> ModelFiles:
+    """Find and open what `model` names; `dtype: auto` is what the checkpoint says, bfloat16 for GGUF."""
+    source = resolve_source(config.model, revision=config.revision, tokenizer_only=config.load_format == "dummy")
+    if config.load_format == "dummy" and source.kind == "folder":
+        checkpoint, hf_config = None, read_json(source.path / "config.json")
+    else:
+        asked = _DTYPES.get(config.dtype, np.dtype(ml_dtypes.bfloat16))
+        opened = open_checkpoint(source, dtype=asked)
+        hf_config = opened.hf_config()
+        checkpoint = None if config.load_format == "dummy" else opened
+    hf_config = _merge(hf_config, config.hf_overrides)
+    return ModelFiles(
+        checkpoint=checkpoint,
+        hf_config=hf_config,
+        decoder=DecoderConfig.from_hf(hf_config),
+        dtype=_dtype(config, hf_config),
+        seed=config.seed,
+    )
+
+
+def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[str, int, int], None]) -> Params:
+    """Every parameter on its devices, streamed tensor by tensor."""
+    rules = graph.weight_rules()
+    checkpoint = files.checkpoint
+    if checkpoint is None:
+        shapes = {name: shape for rule in rules for name, shape in zip(rule.sources, rule.shapes, strict=True)}
+        checkpoint = DummyCheckpoint(files.hf_config, shapes, dtype=files.dtype, seed=files.seed)
+
+    def place(name: str, value: np.ndarray) -> jax.Array:
+        return jax.device_put(value, sharding(graph.mesh, graph.axes(name)))
+
+    return load_params(checkpoint, rules, dtype=files.dtype, place=place, on_progress=on_progress)
+
+
+def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overrides.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return merged
+
+
+def _dtype(config: ModelSettings, hf_config: dict[str, Any]) -> np.dtype:
+    if config.dtype != "auto":
+        return _DTYPES[config.dtype]
+    stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    return _DTYPES.get(stored, _DTYPES["bfloat16"])

@@ -1,0 +1,78 @@
+"""How many KV blocks the pool gets: from a byte budget, or from what a device has left beside the largest step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import psutil
+
+from jaxserve.cache.kv_cache import RESERVED_BLOCKS, KVCacheSpec
+from jaxserve.config import CacheSettings
+from jaxserve.errors import ConfigError
+
+_CPU_BUDGET_BYTES = 2 * 1024**3  # a pool is touched once at start: 4 GiB more would cost a second
+_CPU_SHARE = 0.5  # of the memory that is available when the server starts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """A device's memory at the peak of the largest step, the trial pool not counted; bytes."""
+
+    limit_bytes: int
+    peak_bytes: int
+
+    @classmethod
+    def read(cls, device: jax.Device, *, pool_bytes: int) -> DeviceMemory:
+        """After the largest step ran with a trial pool of `pool_bytes` on this device."""
+        stats = device.memory_stats()
+        if not stats or "bytes_limit" not in stats:
+            raise ConfigError(
+                f"device {device} does not tell how much memory it has; set kv_cache_memory_bytes to size the KV pool"
+            )
+        return cls(limit_bytes=stats["bytes_limit"], peak_bytes=stats["peak_bytes_in_use"] - pool_bytes)
+
+
+def num_useful_blocks(spec: KVCacheSpec, *, max_num_seqs: int, max_model_len: int) -> int:
+    """Blocks that `max_num_seqs` sequences of full length take; more would never be used."""
+    return max_num_seqs * -(-max_model_len // spec.block_size) + RESERVED_BLOCKS
+
+
+def blocks_from_budget(settings: CacheSettings, spec: KVCacheSpec, *, num_devices: int) -> int | None:
+    """What the settings fix by number or by bytes a device; None: it depends on the device."""
+    if settings.num_gpu_blocks_override is not None:
+        return settings.num_gpu_blocks_override
+    if settings.kv_cache_memory_bytes is not None:
+        return spec.num_blocks_in(settings.kv_cache_memory_bytes * num_devices)
+    return None
+
+
+def blocks_on_cpu(spec: KVCacheSpec, *, num_useful: int) -> int:
+    """The default on CPU: 2 GiB, at most half of what is available, at most what is useful."""
+    budget = min(_CPU_BUDGET_BYTES, int(psutil.virtual_memory().available * _CPU_SHARE))
+    return min(num_useful, _rounded(spec.num_blocks_in(budget)))
+
+
+def blocks_on_device(
+    spec: KVCacheSpec, memory: DeviceMemory, *, utilization: float, num_devices: int, num_useful: int
+) -> int:
+    """Blocks that fit beside weights and the largest step's temporaries, within `utilization` of each device."""
+    free = int(memory.limit_bytes * utilization) - memory.peak_bytes
+    if free <= 0:
+        raise ConfigError(
+            f"the model and its largest step take {memory.peak_bytes / 2**30:.1f} GiB of the "
+            f"{memory.limit_bytes * utilization / 2**30:.1f} GiB that gpu_memory_utilization={utilization} allows; "
+            "raise it, lower max_num_batched_tokens, or raise tensor_parallel_size"
+        )
+    num_blocks = spec.num_blocks_in(free * num_devices)
+    return min(num_useful, _rounded(num_blocks))
+
+
+def _rounded(num_blocks: int) -> int:
+    """Rounded down to seven significant bits, so that noise in free memory does not miss the compile cache.
+
+    >>> _rounded(100), _rounded(10_001)
+    (100, 9984)
+    """
+    unit = 1 << max(num_blocks.bit_length() - 7, 0)
+    return num_blocks // unit * unit

@@ -1,0 +1,60 @@
+"""The Flax model split once into its graph and a flat dict of parameters; a step puts them together while tracing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from jaxserve.layers.attention import AttentionBackend
+from jaxserve.layers.numerics import Numerics
+from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
+from jaxserve.models.registry import family
+from jaxserve.parallel.mesh import LogicalAxes, sharding
+
+Params = dict[str, jax.Array]  # dotted path -> value
+
+
+class ModelGraph:
+    """A model without values: built abstract, bound to parameters inside a jitted function."""
+
+    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
+        self.config = replace(config, num_shards=backend.mesh.size)
+        platform = backend.mesh.devices.flat[0].platform
+        self.numerics = Numerics.for_platform(platform, dtype)
+        self._family = family(config.architecture)
+        model = self._family(self.config, numerics=self.numerics, backend=backend)
+        self._graph, state = nnx.split(model)
+        self._variables = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
+        self.mesh: Mesh = backend.mesh
+
+    def bind(self, params: Mapping[str, jax.Array]) -> CausalLM:
+        """The model with these parameters; one that is left out stays abstract, and must not be used."""
+        flat = [
+            (path, params.get(name, variable.get_value())) for name, (path, variable) in self._variables.items()
+        ]
+        return nnx.merge(self._graph, nnx.from_flat_state(flat))
+
+    def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of every parameter."""
+        return {
+            name: jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding(self.mesh, self.axes(name)))
+            for name, value in ((name, variable.get_value()) for name, (_, variable) in self._variables.items())
+        }
+
+    def axes(self, name: str) -> LogicalAxes:
+        """The logical axes of a parameter."""
+        return self._variables[name][1].get_metadata()["axes"]
+
+    def weight_rules(self) -> list[WeightRule]:
+        """How every parameter is made of a checkpoint."""
+        return self._family.weight_rules(self.config)
+
+    def head_names(self) -> list[str]:
+        """The parameters that `logits` reads."""
+        prefix = "embedding." if self.config.tie_embeddings else "head."
+        return [name for name in self._variables if name.startswith(prefix)]

@@ -1,0 +1,201 @@
+"""Runs step plans on the device: `dispatch(plan)` returns at once, `PendingStep.result()` waits for the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.outputs import TokenLogprobs
+from jaxserve.parallel.mesh import replicated
+from jaxserve.runner.batch import BatchBuilder, HostBatch
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.slot_table import SlotTable
+from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
+from jaxserve.sampling.inputs import SlotParameters
+from jaxserve.sampling.sampler import SampledTokens
+from jaxserve.scheduler.plan import NewSlot, StepPlan, StepResult
+
+NOT_FINITE = "the model's output for this sequence is not finite, so no token could be chosen"
+
+
+class PendingStep(Protocol):
+    """A step that was dispatched."""
+
+    def is_ready(self) -> bool:
+        """Whether `result` would return without waiting."""
+        ...
+
+    def result(self) -> StepResult:
+        """Wait for the device and fetch the tokens; the one place where the host waits."""
+        ...
+
+
+class Runner(Protocol):
+    """What the engine core asks of whoever runs its plans."""
+
+    def dispatch(self, plan: StepPlan) -> PendingStep: ...
+
+
+class ModelRunner:
+    """Owns the parameters, the KV pools and the token table, and the host's memory of each slot."""
+
+    def __init__(
+        self,
+        graph: ModelGraph,
+        params: Params,
+        programs: Programs,
+        shapes: ProgramShapes,
+        caches: list[LayerCache],
+    ) -> None:
+        self._params = params
+        self._head = {name: params[name] for name in graph.head_names()}
+        self._programs = programs
+        self._caches = caches
+        self._tokens = jax.device_put(np.zeros(shapes.tokens_shape, np.int32), replicated(graph.mesh))
+        self._slots = SlotTable(
+            max_num_seqs=shapes.max_num_seqs,
+            max_blocks_per_seq=-(-shapes.max_model_len // shapes.kv_spec.block_size),
+        )
+        self._parameters = SlotParameters(max_num_seqs=shapes.max_num_seqs, vocab_size=graph.config.vocab_size)
+        self._builder = BatchBuilder(shapes.buckets, self._slots, block_size=shapes.kv_spec.block_size)
+        self._max_model_len = shapes.max_model_len
+
+    def dispatch(self, plan: StepPlan) -> PendingStep:
+        """Hand the step to the device and return; the tokens of earlier steps need not have arrived."""
+        self._slots.apply(plan)
+        for new in plan.new_slots:
+            self._occupy(new)
+        batch = self._builder.build(plan)
+        hidden, rows, self._caches = self._programs.forward(
+            self._params, self._caches, self._tokens, batch.bucket, ForwardBatch.from_host(batch)
+        )
+        prompt_scores = self._score_prompts(hidden, batch)
+        known = batch.starts + batch.num_tokens
+        variant, inputs = self._parameters.gather(batch.row_slots, known, num_rows=batch.bucket.num_rows)
+        slots = np.zeros(batch.bucket.num_rows, np.int32)
+        slots[: batch.num_rows] = batch.row_slots
+        self._tokens, sampled = self._programs.sample(
+            self._head, rows, self._tokens, SampleBatch(slots, batch.sample_slots, batch.write_positions), inputs, variant
+        )
+        return _DeviceStep(plan, batch, sampled, prompt_scores, self._asked_logprobs(batch))
+
+    def _occupy(self, new: NewSlot) -> None:
+        """Upload a new slot's tokens and keep what its request asks of the sampler."""
+        row = np.zeros(self._max_model_len, np.int32)
+        row[: len(new.token_ids)] = new.token_ids
+        self._tokens = self._programs.write_slot(self._tokens, new.slot, row)
+        self._parameters.set(
+            new.slot,
+            new.sampling_params,
+            stop_token_ids=new.stop_token_ids,
+            num_prompt_tokens=new.num_prompt_tokens,
+        )
+
+    def _asked_logprobs(self, batch: HostBatch) -> dict[int, int]:
+        """Batch row -> alternatives asked for, of rows that sample and asked."""
+        asked = self._slots.num_logprobs
+        slots = batch.sample_slots[: batch.num_rows].tolist()
+        return {row: asked[slot] for row, slot in enumerate(slots) if slot in asked} if asked else {}
+
+    def _score_prompts(self, hidden: jax.Array, batch: HostBatch) -> list[_PromptScores]:
+        """Log-probabilities of the prompt tokens that follow this step's positions, for rows that asked."""
+        asked = self._slots.prompt_logprobs
+        if not asked:
+            return []
+        scores = []
+        ends = np.cumsum(batch.num_tokens)
+        for row, slot in enumerate(batch.row_slots.tolist()):
+            start, count = int(batch.starts[row]), int(batch.num_tokens[row])
+            known = min(count, int(self._slots.num_prompt_tokens[slot]) - 1 - start)  # positions with a successor
+            if slot in asked and known > 0:
+                first = int(ends[row]) - count
+                scores.append(self._score_chunk(hidden, batch.order[row], first, known, slot, start))
+        return scores
+
+    def _score_chunk(
+        self, hidden: jax.Array, plan_row: int, first: int, count: int, slot: int, start: int
+    ) -> _PromptScores:
+        wanted = self._slots.prompt_logprobs[slot]
+        parts = []
+        for begin in range(0, count, PROMPT_LOGPROB_ROWS):
+            size = min(PROMPT_LOGPROB_ROWS, count - begin)
+            indices = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+            target_ids = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
+            indices[:size] = np.arange(first + begin, first + begin + size)
+            target_ids[:size] = wanted.token_ids[start + begin + 1 : start + begin + 1 + size]
+            parts.append((size, self._programs.score_prompt(self._head, hidden, indices, target_ids)))
+        return _PromptScores(int(plan_row), wanted.num_alternatives, parts)
+
+
+@dataclass(slots=True)
+class _PromptScores:
+    """Scores of one row's prompt positions: (how many are real, the scores) a part."""
+
+    plan_row: int
+    num_logprobs: int
+    parts: list[tuple[int, SampledTokens]]
+
+    def fetch(self) -> list[TokenLogprobs]:
+        return [
+            entry
+            for size, scores in self.parts
+            for entry in _token_logprobs(scores, dict.fromkeys(range(size), self.num_logprobs)).values()
+        ]
+
+
+@dataclass(slots=True)
+class _DeviceStep:
+    """A dispatched step whose arrays are on their way to the host."""
+
+    plan: StepPlan
+    batch: HostBatch
+    sampled: SampledTokens
+    prompt_scores: list[_PromptScores]
+    asked_logprobs: dict[int, int]
+    _started: bool = field(init=False, default=False)
+
+    def __post_init__(self) -> None:
+        for array in (self.sampled.token_ids, self.sampled.ok):
+            array.copy_to_host_async()
+
+    def is_ready(self) -> bool:
+        return self.sampled.token_ids.is_ready()
+
+    def result(self) -> StepResult:
+        num_rows = self.batch.num_rows
+        batch_ids = np.asarray(self.sampled.token_ids)[:num_rows]
+        ok = np.asarray(self.sampled.ok)[:num_rows]
+        order = self.batch.order
+        token_ids = np.zeros(num_rows, np.int64)
+        token_ids[order] = np.where(self.batch.sample_slots[:num_rows] > 0, batch_ids, 0)
+        result = StepResult(step_id=self.plan.step_id, token_ids=token_ids.tolist())
+        if self.asked_logprobs:
+            entries = _token_logprobs(self.sampled, self.asked_logprobs)
+            result.logprobs = {int(order[row]): entry for row, entry in entries.items()}
+        for scores in self.prompt_scores:
+            result.prompt_logprobs[scores.plan_row] = scores.fetch()
+        if not ok.all():
+            failed = order[~ok & (self.batch.sample_slots[:num_rows] > 0)]
+            result.errors = dict.fromkeys(failed.tolist(), NOT_FINITE)
+        return result
+
+
+def _token_logprobs(scores: SampledTokens, asked: dict[int, int]) -> dict[int, TokenLogprobs]:
+    """The rows that asked, each with as many alternatives as it asked for."""
+    token_ids, logprobs, ranks = (np.asarray(a) for a in (scores.token_ids, scores.logprobs, scores.ranks))
+    top_ids, top_logprobs = np.asarray(scores.top_token_ids), np.asarray(scores.top_logprobs)
+    return {
+        row: TokenLogprobs(
+            token_id=int(token_ids[row]),
+            logprob=float(logprobs[row]),
+            rank=int(ranks[row]),
+            top_token_ids=top_ids[row, :count].tolist(),
+            top_logprobs=top_logprobs[row, :count].tolist(),
+        )
+        for row, count in asked.items()
+    }

@@ -1,0 +1,180 @@
+"""Every program a step can need, compiled ahead of time for its shapes, and the calls that pick the right one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.stages import Compiled, Lowered
+
+from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
+from jaxserve.parallel.mesh import replicated
+from jaxserve.runner.batch import empty_batch
+from jaxserve.runner.buckets import Bucket, Buckets
+from jaxserve.runner.compilation import OnCompiled, compile_all
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.packing import Packing
+from jaxserve.runner.step import (
+    PROMPT_LOGPROB_ROWS,
+    ForwardBatch,
+    SampleBatch,
+    forward,
+    sample_rows,
+    score_prompt,
+    write_slot,
+)
+from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant, abstract_inputs
+from jaxserve.sampling.sampler import SampledTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramShapes:
+    """All that the compiled shapes depend on."""
+
+    buckets: Buckets
+    kv_spec: KVCacheSpec
+    num_blocks: int
+    max_num_seqs: int
+    max_model_len: int
+
+    @property
+    def tokens_shape(self) -> tuple[int, int]:
+        """Of the device's token table, i32[slots, positions]; slot 0 is padding."""
+        return (self.max_num_seqs + 1, self.max_model_len)
+
+
+class Programs:
+    """Compiled programs by shape. Caches and the token table are donated to the calls that change them."""
+
+    def __init__(self, graph: ModelGraph, shapes: ProgramShapes) -> None:
+        self._graph = graph
+        self._shapes = shapes
+        self._compiled: dict[tuple[Any, ...], Compiled] = {}
+        self._forward_packings = {
+            bucket: Packing(ForwardBatch.from_host(empty_batch(bucket, shapes.kv_spec.block_size)))
+            for bucket in shapes.buckets.all()
+        }
+        self._sample_packings = {
+            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(3))))
+            for rows in shapes.buckets.row_sizes()
+        }
+
+    # Calls -----------------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, params: Params, caches: list[LayerCache], tokens: jax.Array, bucket: Bucket, batch: ForwardBatch
+    ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
+        """See `step.forward`; `caches` are donated."""
+        packed = self._forward_packings[bucket].pack(batch)
+        return self._compiled["forward", bucket](params, caches, tokens, packed)
+
+    def sample(
+        self, head: Params, hidden: jax.Array, tokens: jax.Array, batch: SampleBatch, inputs: SamplingInputs, variant: Variant
+    ) -> tuple[jax.Array, SampledTokens]:
+        """See `step.sample_rows`; `tokens` is donated."""
+        rows = hidden.shape[0]
+        packed = self._sample_packings[rows].pack(batch)
+        return self._compiled["sample", rows, variant](head, hidden, tokens, packed, inputs)
+
+    def score_prompt(
+        self, head: Params, hidden: jax.Array, indices: np.ndarray, target_ids: np.ndarray
+    ) -> SampledTokens:
+        """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a call."""
+        return self._compiled["score", hidden.shape[0]](head, hidden, indices, target_ids)
+
+    def write_slot(self, tokens: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
+        """See `step.write_slot`; `tokens` is donated."""
+        return self._compiled[("write_slot",)](tokens, np.int32(slot), row)
+
+    # Compilation -----------------------------------------------------------------------------------------------------
+
+    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
+        """Compile everything, the largest step first."""
+        jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
+        for bucket in self._shapes.buckets.all():
+            jobs["forward", bucket] = partial(self.lower_forward, bucket)
+        for rows in self._shapes.buckets.row_sizes():
+            for variant in VARIANTS:
+                jobs["sample", rows, variant] = partial(self._lower_sample, rows, variant)
+        for num_tokens in self._shapes.buckets.token_sizes:
+            jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
+        jobs[("write_slot",)] = self._lower_write_slot
+        self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
+
+    def run_largest(self, params: Params, caches: list[LayerCache]) -> None:
+        """Compile the largest forward and sample programs and run them on padding, to see their peak of memory."""
+        bucket = self._shapes.buckets.all()[0]
+        self._compiled["forward", bucket] = self.lower_forward(bucket).compile()
+        self._compiled["sample", bucket.num_rows, "full"] = self._lower_sample(bucket.num_rows, "full").compile()
+        batch = empty_batch(bucket, self._shapes.kv_spec.block_size)
+        tokens = jax.device_put(np.zeros(self._shapes.tokens_shape, np.int32), replicated(self._graph.mesh))
+        _, rows, caches = self.forward(params, caches, tokens, bucket, ForwardBatch.from_host(batch))
+        padding = np.zeros(bucket.num_rows, np.int32)
+        head = {name: params[name] for name in self._graph.head_names()}
+        inputs = jax.tree.map(
+            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+            abstract_inputs(bucket.num_rows, "full", vocab_size=self._graph.config.vocab_size),
+        )
+        sampled = self.sample(head, rows, tokens, SampleBatch(padding, padding, padding), inputs, "full")
+        jax.block_until_ready((caches, sampled))
+
+    def lower_forward(self, bucket: Bucket) -> Lowered:
+        """Trace and lower the model for one bucket."""
+        packing = self._forward_packings[bucket]
+
+        def program(
+            params: Params, caches: list[LayerCache], tokens: jax.Array, packed: jax.Array
+        ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
+            return forward(self._graph, params, caches, tokens, packing.unpack(packed))
+
+        caches = self._shapes.kv_spec.abstract(self._shapes.num_blocks, self._graph.mesh)
+        everywhere = replicated(self._graph.mesh)
+        out = (everywhere, everywhere, jax.tree.map(lambda pool: pool.sharding, caches))
+        jitted = jax.jit(program, donate_argnames="caches", out_shardings=out)
+        return jitted.lower(self._graph.abstract_params(), caches, self._tokens(), self._abstract(packing.size))
+
+    def _lower_sample(self, rows: int, variant: Variant) -> Lowered:
+        packing = self._sample_packings[rows]
+
+        def program(
+            head: Params, hidden: jax.Array, tokens: jax.Array, packed: jax.Array, inputs: SamplingInputs
+        ) -> tuple[jax.Array, SampledTokens]:
+            return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed), inputs, variant=variant)
+
+        jitted = jax.jit(program, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
+        inputs = jax.tree.map(
+            lambda leaf: self._abstract(*leaf.shape, dtype=leaf.dtype),
+            abstract_inputs(rows, variant, vocab_size=self._graph.config.vocab_size),
+        )
+        hidden = self._hidden(rows)
+        return jitted.lower(self._head(), hidden, self._tokens(), self._abstract(packing.size), inputs)
+
+    def _lower_score(self, num_tokens: int) -> Lowered:
+        jitted = jax.jit(partial(score_prompt, self._graph), out_shardings=replicated(self._graph.mesh))
+        rows = self._abstract(PROMPT_LOGPROB_ROWS)
+        return jitted.lower(self._head(), self._hidden(num_tokens), rows, rows)
+
+    def _lower_write_slot(self) -> Lowered:
+        jitted = jax.jit(write_slot, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
+        return jitted.lower(self._tokens(), self._abstract(), self._abstract(self._shapes.tokens_shape[1]))
+
+    # Abstract arguments ----------------------------------------------------------------------------------------------
+
+    def _abstract(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._graph.mesh))
+
+    def _tokens(self) -> jax.ShapeDtypeStruct:
+        return self._abstract(*self._shapes.tokens_shape)
+
+    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
+        config = self._graph.config
+        return self._abstract(rows, config.hidden_size, dtype=self._graph.numerics.activations)
+
+    def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
+        params = self._graph.abstract_params()
+        return {name: params[name] for name in self._graph.head_names()}

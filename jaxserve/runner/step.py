@@ -1,0 +1,106 @@
+"""The jitted functions of a step: forward (model), sample (head and sampler), and the small ones around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.layers.attention import AttentionInputs
+from jaxserve.runner.batch import HostBatch
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.sampling.inputs import SamplingInputs, Variant
+from jaxserve.sampling.sampler import SampledTokens, prompt_logprobs, sample
+from pallas_kernels.paged_attention import AttentionMetadata
+
+PROMPT_LOGPROB_ROWS = 64  # prompt positions scored at once
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["token_slots", "positions", "kv_slots", "last_tokens", "metadata"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class ForwardBatch:
+    """What the model needs to know of a step; all int32, packed into one buffer on the way to the device."""
+
+    token_slots: jax.Array | np.ndarray  # i32[tokens]
+    positions: jax.Array | np.ndarray  # i32[tokens]
+    kv_slots: jax.Array | np.ndarray  # i32[tokens]
+    last_tokens: jax.Array | np.ndarray  # i32[rows]
+    metadata: AttentionMetadata
+
+    @classmethod
+    def from_host(cls, batch: HostBatch) -> ForwardBatch:
+        """The model's share of a host batch."""
+        return cls(batch.token_slots, batch.positions, batch.kv_slots, batch.last_tokens, batch.metadata)
+
+
+def forward(
+    graph: ModelGraph,
+    params: Params,
+    caches: list[LayerCache],
+    tokens: Int[Array, "slots positions"],
+    batch: ForwardBatch,
+) -> tuple[Float[Array, "tokens hidden"], Float[Array, "rows hidden"], list[LayerCache]]:
+    """Run the model over the step's tokens: (all hidden states, those of each row's last token, written caches)."""
+    token_ids = tokens[batch.token_slots, batch.positions]
+    inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
+    hidden, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
+    return hidden, hidden[batch.last_tokens], caches
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["slots", "sample_slots", "write_positions"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class SampleBatch:
+    """Which slot each row belongs to, and where its new token goes; int32, padded with slot 0."""
+
+    slots: jax.Array | np.ndarray  # i32[rows]
+    sample_slots: jax.Array | np.ndarray  # i32[rows], 0 where the row does not sample
+    write_positions: jax.Array | np.ndarray  # i32[rows]
+
+
+def sample_rows(
+    graph: ModelGraph,
+    head: Params,
+    hidden: Float[Array, "rows hidden"],
+    tokens: Int[Array, "slots positions"],
+    batch: SampleBatch,
+    inputs: SamplingInputs,
+    *,
+    variant: Variant,
+) -> tuple[Int[Array, "slots positions"], SampledTokens]:
+    """Sample one token a row and write it where the next step reads it; rows that do not sample write to slot 0."""
+    logits = graph.bind(head).logits(hidden)
+    history = tokens[batch.slots] if variant == "full" else None
+    sampled = sample(logits, inputs, variant, history=history)
+    positions = jnp.where(jnp.asarray(batch.sample_slots) == 0, 0, batch.write_positions)
+    return tokens.at[batch.sample_slots, positions].set(sampled.token_ids), sampled
+
+
+def score_prompt(
+    graph: ModelGraph,
+    head: Params,
+    hidden: Float[Array, "tokens hidden"],
+    indices: Int[Array, " positions"],
+    target_ids: Int[Array, " positions"],
+) -> SampledTokens:
+    """Log-probabilities of known next tokens at some of the step's positions."""
+    return prompt_logprobs(graph.bind(head).logits(hidden[indices]), target_ids)
+
+
+def write_slot(
+    tokens: Int[Array, "slots positions"], slot: Int[Array, ""], row: Int[Array, " positions"]
+) -> Int[Array, "slots positions"]:
+    """Replace a slot's known tokens: a request moves in."""
+    return tokens.at[slot].set(row)

@@ -1,0 +1,72 @@
+"""Tiny random checkpoints, written by transformers as a user's would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.25,  # wide, so that the tokens' order does not hang on rounding
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def save_random_llama(folder: Path, family: str = "llama", **changes: Any) -> Path:
+    """A float32 Llama or Mistral with random weights in `folder`, as safetensors with config.json."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+    config_class, model_class = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "mistral": (MistralConfig, MistralForCausalLM),
+    }[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**(TINY | changes))).to(torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return folder
+
+
+def transformers_logits(folder: Path, token_ids: list[int]) -> Any:
+    """f32[tokens, vocab] of every position, from transformers in eager float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.tensor([token_ids])).logits[0].numpy()
+
+
+def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """The next `num_tokens` greedy tokens of each prompt, one prompt at a time; EOS does not end them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    answers = []
+    for prompt in prompts:
+        with torch.no_grad():
+            output = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        answers.append(output[0, len(prompt) :].tolist())
+    return answers
