@@ -37,8 +37,8 @@ def load_params(
 
     All names and shapes are checked before the first byte is read. `place` puts one parameter on its devices and is
     called from this thread only, in the order of the rules. `ignored` are regular expressions of tensors that no rule
-    has to use, besides `DEFAULT_IGNORED`. Besides what `place` keeps, the host holds at most as much as the largest
-    parameter takes and 64 MiB read ahead.
+    has to use, besides `DEFAULT_IGNORED`. Besides what `place` keeps, the host holds at most the largest parameter and
+    64 MiB read ahead, and their sources while one is being assembled or cast.
     """
     _check(checkpoint, rules, ignored)
     sizes = [math.prod(rule.param_shape) * np.dtype(dtype).itemsize for rule in rules]

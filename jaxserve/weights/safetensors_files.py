@@ -156,8 +156,10 @@ def _single_file(folder: Path) -> Path:
         return files[0]
     if files:
         raise CheckpointError(f"{folder} has {len(files)} .safetensors files but no {INDEX_NAME}")
-    other = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    hint = f"; {other[0]} is a pickle, which is never loaded: convert it to safetensors" if other else ""
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    hint = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
+    if ggufs := sorted(folder.glob("*.gguf")):
+        hint = f"; to load the GGUF file in it, give its path: {ggufs[0]}"
     raise CheckpointError(f"{folder} has no .safetensors file{hint}")
 
 

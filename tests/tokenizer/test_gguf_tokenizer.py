@@ -2,12 +2,12 @@
 
 import time
 
-import golden_vocabularies
 import pytest
 
 from jaxserve.errors import TokenizerError
 from jaxserve.tokenizer.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_from_gguf
 from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
+from tests.tokenizer import golden_vocabularies
 
 SMALL = golden_vocabularies.load("pre_tokenizers.json")
 
