@@ -1,4 +1,4 @@
-"""`LLM`: offline generation, with the engine in this process: `LLM(model=...).generate(prompts, SamplingParams(...))`."""
+"""`LLM`: offline generation with the engine in this process; `LLM(model=...).generate(prompts, params)`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from tqdm import tqdm
 
 from jaxserve.config import Config, load_config
 from jaxserve.engine.inprocess import InProcessEngine
+from jaxserve.engine.preparation import load_tokenizer
 from jaxserve.engine.process import Core
-from jaxserve.errors import ChatTemplateError, InvalidRequestError
+from jaxserve.errors import ChatTemplateError, EngineDeadError, InvalidRequestError
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer.chat_template import ChatTemplate
@@ -38,7 +39,8 @@ class LLM:
         elif model is not None or settings:
             config = config.with_values(**settings, **({} if model is None else {"model": model}))
         self.config = config
-        self._engine = InProcessEngine(config, core or _start_core(config))
+        self.tokenizer = load_tokenizer(config.model)
+        self._engine: InProcessEngine | None = InProcessEngine(config, core or _start_core(config), self.tokenizer)
         self._default_params = _default_params(self._engine.core_info.default_sampling)
         self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()
@@ -49,26 +51,23 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
-
     def get_tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return self._engine.tokenizer
+        """The model's tokenizer, which is also `tokenizer`."""
+        return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses where no parameters are given: the model's generation_config.json."""
         return self._default_params
 
     def close(self) -> None:
-        """End the engine. May be called twice."""
-        self._engine.shutdown()
+        """End the engine and let go of its memory. May be called twice."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False where requests hold some."""
-        return self._engine.reset_prefix_cache()
+        return self._open_engine().reset_prefix_cache()
 
     def generate(
         self,
@@ -83,12 +82,13 @@ class LLM:
 
         One `SamplingParams` serves all prompts, a list has one for each. All requests are checked before any runs.
         """
+        engine = self._open_engine()
         batch = _as_prompts(prompts)
         params = self._as_params(sampling_params, len(batch))
         if priority is not None and len(priority) != len(batch):
             raise InvalidRequestError(f"there are {len(batch)} prompts, but {len(priority)} priorities")
         requests = [
-            self._engine.preparer.prepare(
+            engine.preparer.prepare(
                 prompt,
                 replace(params[i], output_kind="final_only"),
                 request_id=str(next(self._request_ids)),
@@ -98,7 +98,7 @@ class LLM:
             for i, prompt in enumerate(batch)
         ]
         with tqdm(total=len(requests), desc="Prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            return self._engine.run(requests, on_finished=lambda _: bar.update())
+            return engine.run(requests, on_finished=lambda _: bar.update())
 
     def chat(
         self,
@@ -127,6 +127,11 @@ class LLM:
         ]
         # The template writes the special tokens itself.
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, add_special_tokens=False)
+
+    def _open_engine(self) -> InProcessEngine:
+        if self._engine is None:
+            raise EngineDeadError("this LLM is closed")
+        return self._engine
 
     def _as_params(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int

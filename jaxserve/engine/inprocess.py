@@ -9,7 +9,7 @@ from collections.abc import Callable
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
 from jaxserve.engine.output_processor import OutputProcessor
-from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, load_tokenizer
+from jaxserve.engine.preparation import PreparedRequest, RequestPreparer
 from jaxserve.engine.process import Core
 from jaxserve.errors import QueueFullError
 from jaxserve.outputs import RequestOutput, TokenDelta
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class InProcessEngine:
     """Owns a core and runs it in the caller's thread. Not thread-safe."""
 
-    def __init__(self, config: Config, core: Core, tokenizer: Tokenizer | None = None) -> None:
-        self.tokenizer = tokenizer or load_tokenizer(config.model)
+    def __init__(self, config: Config, core: Core, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
         self.preparer = RequestPreparer(self.tokenizer, core.info, seed=config.model.seed)
         self._core = core
 
@@ -43,7 +43,9 @@ class InProcessEngine:
         """End the core; nothing else may be called after."""
         self._core.shutdown()
 
-    def run(self, requests: list[PreparedRequest], on_finished: Callable[[RequestOutput], None]) -> list[RequestOutput]:
+    def run(
+        self, requests: list[PreparedRequest], on_finished: Callable[[RequestOutput], object]
+    ) -> list[RequestOutput]:
         """Run all requests (with output_kind "final_only") to their ends; the answers are in the requests' order.
 
         A sequence on which the engine fails ends with FinishReason.ERROR and a line in the log; the others go on.

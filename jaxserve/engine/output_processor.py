@@ -72,9 +72,11 @@ class OutputProcessor:
         is_finished = self.is_finished
         if self._is_finished_taken or (self._kind == "final_only" and not is_finished):
             return None
-        outputs = [sequence.take(self._kind) for sequence in self._sequences.values() if self._concerns(sequence)]
-        if not outputs and not self._has_new_prompt_logprobs:
+        sequences = self._sequences.values()
+        news = [sequence for sequence in sequences if sequence.has_news]
+        if not news and not self._has_new_prompt_logprobs:
             return None
+        outputs = [sequence.take(self._kind) for sequence in (news if self._kind == "delta" else sequences)]
         prompt_logprobs = self._prompt_logprobs
         if self._kind == "delta" and not self._has_new_prompt_logprobs:
             prompt_logprobs = None
@@ -89,11 +91,6 @@ class OutputProcessor:
             prompt_logprobs=prompt_logprobs,
             num_cached_tokens=self._num_cached_tokens,
         )
-
-    def _concerns(self, sequence: SequenceOutput) -> bool:
-        if self._kind == "delta":
-            return sequence.has_news
-        return any(one.has_news for one in self._sequences.values())
 
 
 class SequenceOutput:

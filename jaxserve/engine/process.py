@@ -87,6 +87,7 @@ class EngineProcess:
 
     def start(self) -> None:
         """Make the core, telling the parent how it goes; errors pass through."""
+        self._send(wire.Progress(f"engine process {os.getpid()} started"))  # hears of us, and removes the socket's file
         self._core = self._make_core(lambda text: self._send(wire.Progress(text)))
         self._send(wire.Ready(self._core.info))
 

@@ -84,6 +84,11 @@ class ProcessEngineClient:
         """Requests whose iterators have not ended."""
         return len(self._live)
 
+    @property
+    def engine_pid(self) -> int | None:
+        """The engine process's id, while there is one."""
+        return self._supervisor.pid
+
     async def start(self) -> None:
         """Start the engine process and wait until it is ready; raises what kept it from starting."""
         loading = asyncio.get_running_loop().run_in_executor(self._tokenizing, load_tokenizer, self._config.model)

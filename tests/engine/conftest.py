@@ -14,6 +14,7 @@ from jaxserve.engine.process_client import ProcessEngineClient
 from jaxserve.tokenizer.tokenizer import Tokenizer
 
 EOS = 256
+FAKE_CORE = "tests.engine.fake_core:FakeCore"
 
 
 @pytest.fixture(scope="session")
@@ -53,8 +54,7 @@ def fake_client(make_config):
 
     @asynccontextmanager
     async def make(script: dict | None = None, **values):
-        client = ProcessEngineClient(make_config(script, **values), core="fake_core:FakeCore", backoff_s=0.05)
-        async with client:
+        async with ProcessEngineClient(make_config(script, **values), core=FAKE_CORE, backoff_s=0.05) as client:
             yield client
 
     return make

@@ -1,0 +1,124 @@
+"""A request is checked and completed before the engine hears of it."""
+
+import pytest
+
+from jaxserve.engine.core_facts import CoreInfo
+from jaxserve.engine.preparation import MAX_CHARS_PER_TOKEN, SEED_LIMIT, RequestPreparer
+from jaxserve.errors import InvalidRequestError, PromptTooLongError
+from jaxserve.sampling_params import SamplingParams
+
+EOS = 256
+CONTEXT = 20
+
+
+@pytest.fixture
+def prepare(tokenizer):
+    info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
+    preparer = RequestPreparer(tokenizer, info, seed=0)
+    return lambda prompt="abc", **params: preparer.prepare(prompt, SamplingParams(**params), request_id="r")
+
+
+def test_text_is_tokenised_and_kept(prepare, tokenizer):
+    prepared = prepare("abc")
+
+    assert prepared.prompt == "abc"
+    assert prepared.prompt_token_ids == tokenizer.encode("abc")
+    assert prepared.sequences[0].eos_token_ids == [EOS]
+
+
+def test_tokens_pass_as_they_are(prepare):
+    prepared = prepare([5, 299])
+
+    assert (prepared.prompt, prepared.prompt_token_ids) == (None, [5, 299])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([], "empty"),
+        ("", "empty"),
+        ([300], "token id 300, the vocabulary has 0 to 299"),
+        ([-1], "token id -1"),
+        ([1, "a"], "list of token ids"),
+        ([1.5], "list of token ids"),
+        ([True], "list of token ids"),
+        ({"a": 1}, "list of token ids"),
+        ("\ud800", "surrogates"),
+    ],
+)
+def test_a_wrong_prompt_is_named(prepare, prompt, words):
+    with pytest.raises(InvalidRequestError, match=words):
+        prepare(prompt)
+
+
+def test_a_prompt_without_room_for_an_answer_is_too_long(prepare):
+    with pytest.raises(
+        PromptTooLongError, match=f"has {CONTEXT} tokens; the model's context takes {CONTEXT}"
+    ) as raised:
+        prepare("a" * CONTEXT)
+
+    assert raised.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_of_endless_characters_is_not_even_tokenised(prepare):
+    with pytest.raises(PromptTooLongError, match="characters"):
+        prepare("a" * (CONTEXT * MAX_CHARS_PER_TOKEN + 1))
+
+
+def test_prompt_and_max_tokens_must_fit_together(prepare):
+    with pytest.raises(PromptTooLongError, match="together 21; .* lower max_tokens to 17") as raised:
+        prepare("abc", max_tokens=18)
+
+    assert raised.value.param == "max_tokens"
+
+
+def test_an_open_max_tokens_reaches_to_the_context(prepare):
+    assert prepare("abc").sequences[0].sampling_params.max_tokens == CONTEXT - 3
+
+
+def test_min_tokens_must_fit_the_context_too(prepare):
+    with pytest.raises(InvalidRequestError, match="room for 17"):
+        prepare("abc", min_tokens=18)
+
+
+def test_truncation_keeps_the_last_tokens(prepare, tokenizer):
+    assert prepare("abcdef", truncate_prompt_tokens=2).prompt_token_ids == tokenizer.encode("ef")
+
+
+def test_parameters_are_checked(prepare):
+    with pytest.raises(InvalidRequestError, match="temperature"):
+        prepare(temperature=-1)
+    with pytest.raises(InvalidRequestError, match="stop_token_ids holds token id 300"):
+        prepare(stop_token_ids=[300])
+
+
+def test_a_request_without_a_seed_gets_one_that_json_keeps_exact(prepare):
+    seeds = {prepare().params.seed for _ in range(20)}
+
+    assert len(seeds) == 20
+    assert all(0 <= seed < SEED_LIMIT for seed in seeds)
+
+
+def test_n_sequences_have_seeds_in_a_row_and_share_the_prompt(prepare):
+    sequences = prepare(n=3, seed=7, prompt_logprobs=1).sequences
+
+    assert [sequence.sampling_params.seed for sequence in sequences] == [7, 8, 9]
+    assert [sequence.sampling_params.prompt_logprobs for sequence in sequences] == [1, None, None]
+    assert all(sequence.sampling_params.n == 1 for sequence in sequences)
+    assert all(sequence.prompt_token_ids is sequences[0].prompt_token_ids for sequence in sequences)
+
+
+def test_sequences_of_requests_with_one_id_can_be_told_apart(prepare):
+    assert prepare().sequences[0].request_id != prepare().sequences[0].request_id
+
+
+def test_bad_words_are_banned_with_and_without_a_space(prepare, tokenizer):
+    params = prepare(bad_words=["ab"]).params
+
+    # Here a space is a token of its own, so that banning the bare word bans both.
+    assert params.bad_words_token_ids == [tokenizer.encode("ab")]
+
+
+def test_a_bad_word_of_too_many_tokens_is_refused(prepare):
+    with pytest.raises(InvalidRequestError, match="1 to 16 tokens, one has 17"):
+        prepare(bad_words=["a" * 17])
