@@ -77,20 +77,21 @@ class ChatTemplate:
                 "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
             )
         template = self._compiled["tool_use" if tools and "tool_use" in self._compiled else "default"]
-        plain = [_plain_message(message, template.content_format) for message in messages]
-        if continue_final_message:
-            _mark_end(plain[-1])
-        text = template.render(
-            self._special_tokens
-            | _checked_extra(extra or {})
-            | {
-                "messages": plain,
+        try:
+            variables = {
+                **self._special_tokens,
+                **_checked_extra(extra or {}),
+                "messages": [_plain_message(message, template.content_format) for message in messages],
                 "tools": copy.deepcopy(list(tools)) if tools else None,
                 "documents": copy.deepcopy(list(documents)) if documents else None,
                 "add_generation_prompt": add_generation_prompt,
             }
-        )
-        return _cut_at_mark(text) if continue_final_message else text
+        except RecursionError as error:
+            raise ChatTemplateError("the messages or tools are nested too deeply", param="messages") from error
+        if not continue_final_message:
+            return template.render(variables)
+        _mark_end(variables["messages"][-1])
+        return _cut_at_mark(template.render(variables))
 
 
 class _CompiledTemplate:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -99,32 +101,40 @@ def _download_file(repo_id: str, filename: str, revision: str | None) -> Path:
         return Path(hf_hub_download(repo_id, filename, revision=revision))
 
 
-class _hub_errors:
-    """Turns what huggingface_hub raises into one line that says what to do."""
+@contextmanager
+def _hub_errors(repo_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line that says what to do."""
+    import httpx  # with the hub's errors, a tenth of a second that local files need not pay
+    from huggingface_hub.errors import HfHubHTTPError
 
-    def __init__(self, repo_id: str, revision: str | None) -> None:
-        self.name = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        yield
+    # ValueError: its check of a repository's name; OSError: disk and sockets
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        name = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+        raise CheckpointError(f"model {name} {_hub_reason(error)}") from error
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            return
-        from huggingface_hub import errors as hub
+def _hub_reason(error: Exception) -> str:
+    from huggingface_hub import errors as hub
 
-        if isinstance(error, hub.GatedRepoError):
-            reason = "needs an accepted licence; accept it on its page, then log in with 'hf auth login'"
-        elif isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled):
-            reason = "is not in the local hub cache, and the hub cannot be reached; give a local folder or go online"
-        elif isinstance(error, hub.RepositoryNotFoundError):
-            reason = "is neither a local path nor a repository on the hub (or a private one: 'hf auth login')"
-        elif isinstance(error, hub.RevisionNotFoundError):
-            reason = "has no such revision on the hub"
-        elif isinstance(error, hub.EntryNotFoundError):
-            reason = "has no such file on the hub"
-        elif isinstance(error, hub.HfHubHTTPError | OSError):
-            reason = f"could not be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        else:
-            return
-        raise CheckpointError(f"model {self.name} {reason}") from error
+    offline = "is not in the local hub cache, and the hub is out of reach; give a local folder"
+    known: list[tuple[type[Exception], str]] = [  # subclasses before their bases
+        (hub.GatedRepoError, "needs an accepted licence; accept it on its page, then log in with 'hf auth login'"),
+        (
+            hub.RepositoryNotFoundError,
+            "is neither a local path nor a repository on the hub (private? 'hf auth login')",
+        ),
+        (hub.RevisionNotFoundError, "has no such revision on the hub"),
+        (
+            hub.LocalEntryNotFoundError,
+            offline,
+        ),
+        (hub.OfflineModeIsEnabled, offline),
+        (hub.EntryNotFoundError, "has no such file on the hub"),
+    ]
+    for kind, reason in known:
+        if isinstance(error, kind):
+            return reason
+    lines = str(error).strip().splitlines()
+    return f"could not be downloaded: {lines[0] if lines else type(error).__name__}"

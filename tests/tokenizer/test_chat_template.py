@@ -205,6 +205,15 @@ def test_continuing_needs_text_and_no_generation_prompt():
         chat("fixed", CHATS[0], continue_final_message=True, add_generation_prompt=False)
 
 
+def test_values_nested_beyond_reason_are_a_bad_request():
+    nested = {}
+    for _ in range(100_000):
+        nested = {"properties": nested}
+
+    with pytest.raises(ChatTemplateError, match="nested too deeply"):
+        chat(TOOLS, CHATS[0], tools=[nested])
+
+
 def test_no_messages_are_refused():
     with pytest.raises(ChatTemplateError, match="no messages"):
         chat(CHATML, [])

@@ -6,6 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
@@ -170,6 +171,28 @@ def test_older_files_are_converted_with_a_warning(tmp_path, byte_level, caplog):
 
     assert "converting" in caplog.text
     assert tokenizer.decode(tokenizer.encode("hello world", add_special_tokens=False)) == "hello world"
+
+
+def test_a_sentencepiece_model_alone_gives_its_own_tokens(tmp_path):
+    lines = ["the quick brown fox jumps over the lazy dog", "hello world", "numbers 1 2 3 10 20"]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines * 50),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>"})
+    original = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    text = "hello  quick 20 foxes 😀"
+
+    tokenizer = Tokenizer.from_source(tmp_path)
+
+    assert tokenizer.encode(text, add_special_tokens=False) == original.encode(text)
+    assert tokenizer.decode(original.encode(text)) == text
+    assert tokenizer.eos_token_ids == (2,)
 
 
 def test_importing_and_loading_a_folder_needs_none_of_the_heavy_libraries(folder):
