@@ -95,7 +95,7 @@ def started_server(config: Config) -> Iterator[str]:
         process = subprocess.Popen([sys.executable, "-m", "jaxserve.cli.main", "serve", os.fspath(launch_file)])
         try:
             url = f"http://127.0.0.1:{port}"
-            _wait_until_ready(process, url)
+            _wait_until_ready(process, url, config.server.api_key)
             yield url
         finally:
             _stop(process)
@@ -107,13 +107,14 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, api_keys: Sequence[str]) -> None:
+    headers = {"Authorization": f"Bearer {api_keys[0]}"} if api_keys else {}
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
             raise JaxserveError(f"the server ended with exit code {process.returncode} before it was ready")
         try:
-            if httpx.get(f"{url}/ready", timeout=5.0).status_code == httpx.codes.OK:
+            if httpx.get(f"{url}/ready", headers=headers, timeout=5.0).status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # it does not listen yet

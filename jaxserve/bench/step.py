@@ -17,6 +17,7 @@ from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.startup import Started
 from jaxserve.runner.batch import BatchBuilder
 from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.compilation import CompileGuard
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
@@ -80,7 +81,7 @@ def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, I
         fingerprint="instant",
     )
     scheduler = Scheduler(settings, pool, PrefixCache(pool))
-    started = Started(info=info, scheduler=scheduler, runner=runner, num_compiles_after_ready=lambda: 0)
+    started = Started(info=info, scheduler=scheduler, runner=runner, guard=CompileGuard())
     config = load_config(None, {"model": "instant"}, environ={})
     return EngineCore(config, started=started), runner
 

@@ -19,22 +19,28 @@ from jaxserve.errors import ConfigError
 if TYPE_CHECKING:
     from jaxserve.engine.process_client import ProcessEngineClient
 
+DEFAULT_CORE = "jaxserve.engine.core:EngineCore"
+
 _log = logging.getLogger("jaxserve")
 
 
 def serve(launch: Launch) -> None:
     """Serve a model over HTTP, as OpenAI's API. Ctrl-C lets running requests finish; a second one ends at once."""
-    config = launch.load()
+    run_server(launch.load())
+
+
+def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
+    """Serve until a signal comes. `core` is the engine core's class as "module:attribute"."""
     set_up_logging(config.server.log_level)
     listening = bind(config.server)  # before the model is loaded: a port in use is known at once
     _warn_if_open(config.server)
     from api.server import run
 
     with listening:
-        run(_serve(config, listening))
+        run(_serve(config, core, listening))
 
 
-async def _serve(config: Config, listening: socket.socket) -> None:
+async def _serve(config: Config, core: str, listening: socket.socket) -> None:
     from api.app import create_app
     from api.server import serve as serve_http
     from jaxserve.cli.startup_display import StartupDisplay
@@ -45,7 +51,7 @@ async def _serve(config: Config, listening: socket.socket) -> None:
     display = StartupDisplay()
     names = config.model.served_names
     metrics = ServerMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
-    engine = ProcessEngineClient(config, metrics=metrics, on_progress=display.show)
+    engine = ProcessEngineClient(config, core=core, metrics=metrics, on_progress=display.show)
     with _sigterm_cancels():
         await engine.start()
     try:

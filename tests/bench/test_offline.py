@@ -1,0 +1,44 @@
+"""Offline runs over a fake core, and the step benchmark over the real scheduler and batch builder."""
+
+import pytest
+
+from jaxserve.bench.offline import config_for, run_in_core
+from jaxserve.bench.step import measure_step
+from jaxserve.bench.workload import LengthRange, Workload
+from jaxserve.config import load_config
+from jaxserve.errors import RequestFailedError
+from tests.engine.fake_core import FAIL_ROW, FakeCore
+
+WORKLOAD = Workload(num_prompts=8, input_len=LengthRange(4, 12), output_len=LengthRange(4, 6))
+
+
+@pytest.fixture
+def core() -> FakeCore:
+    return FakeCore(load_config(None, {"model": "m"}, environ={}), on_progress=lambda text: None)
+
+
+def test_an_offline_run_counts_each_requests_tokens(core):
+    requests = WORKLOAD.requests(200)
+    times, duration_s = run_in_core(core, requests)
+    assert [each.num_output_tokens for each in times] == [request.output_len for request in requests]
+    assert [each.num_prompt_tokens for each in times] == [len(request.prompt_token_ids) for request in requests]
+    assert all(0 < each.ttft_s <= each.e2e_s <= duration_s for each in times)
+
+
+def test_a_request_that_fails_ends_the_run(core):
+    requests = WORKLOAD.requests(200)
+    requests[3].prompt_token_ids[0] = FAIL_ROW
+    with pytest.raises(RequestFailedError, match="nan in the logits"):
+        run_in_core(core, [requests[3], *requests])
+
+
+def test_the_queue_has_room_for_all_requests():
+    config = load_config(None, {"model": "m", "max_queued_requests": 4}, environ={})
+    assert config_for(config, 100).scheduler.max_queued_requests == 100
+    assert config_for(config, 2).scheduler.max_queued_requests == 4
+
+
+def test_the_step_benchmark_times_full_steps():
+    result = measure_step(num_running=16, num_steps=5, input_len=20).results[0]
+    assert (result["requests"], result["steps"]) == (16, 5)
+    assert 0 < result["build_ms_p50"] < result["step_ms_p50"]
