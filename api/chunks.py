@@ -7,6 +7,7 @@ data: {"id":...,"choices":[{"index":0,"delta":{"content":   " text"   },"logprob
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -140,20 +141,24 @@ class CompletionChunks(Chunks):
         super().__init__(reply, request.stream_options, is_rich=request.logprobs is not None or request.max_tokens == 0)
         self._request = request
         self._prompt_chars: dict[int, int] = {}  # by prompt; where generated text begins
+        self._scores_prompt = request.echo and request.logprobs is not None
+        self._held: dict[int, list[RequestOutput]] = {}  # by prompt; news that came before the prompt's scores
 
     def feed(self, prompt_index: int, output: RequestOutput) -> bytes:
         """Return the events of one output; with `max_tokens=0` they hold the prompt alone."""
+        if self._scores_prompt and prompt_index not in self._started:
+            if output.prompt_logprobs is None:
+                self._held.setdefault(prompt_index, []).append(output)
+                return b""
+            # The echoed prompt goes first, and what was held follows it.
+            head = replace(output, outputs=[])
+            outputs = [head, *self._held.pop(prompt_index, ()), output]
+            return b"".join(self._feed(prompt_index, item) for item in outputs)
+        return self._feed(prompt_index, output)
+
+    def _feed(self, prompt_index: int, output: RequestOutput) -> bytes:
         if self._request.max_tokens == 0:
-            sequences = [from_engine.without_tokens(sequence) for sequence in output.outputs]
-            output = RequestOutput(
-                request_id=output.request_id,
-                prompt=output.prompt,
-                prompt_token_ids=output.prompt_token_ids,
-                outputs=sequences,
-                finished=output.finished,
-                prompt_logprobs=output.prompt_logprobs,
-                num_cached_tokens=output.num_cached_tokens,
-            )
+            output = replace(output, outputs=[from_engine.without_tokens(sequence) for sequence in output.outputs])
         return super().feed(prompt_index, output)
 
     def _first_choices(self, prompt_index: int, output: RequestOutput) -> list[dict[str, Any]]:

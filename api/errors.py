@@ -14,6 +14,7 @@ from jaxserve.errors import RequestError
 
 MAX_MESSAGE_CHARS = 1000  # a message may quote the request; it must not send a megabyte of it back
 
+RETRY_AFTER_S = 5  # where an error does not say itself when to try again
 INTERNAL_ERROR = "the server met an unexpected error; its log has the details under this reply's x-request-id"
 
 
@@ -46,7 +47,7 @@ class EngineNotReadyError(RequestError):
     status = 503
     kind = "server_error"
 
-    def __init__(self, message: str, *, retry_after_s: int = 5) -> None:
+    def __init__(self, message: str, *, retry_after_s: int = RETRY_AFTER_S) -> None:
         super().__init__(message, code="engine_not_ready")
         self.retry_after_s = retry_after_s
 
@@ -77,8 +78,9 @@ def error_body(error: RequestError) -> dict[str, dict[str, str | None]]:
 
 def error_reply(error: RequestError) -> Response:
     """Return the response for an error that is the caller's to see."""
-    retry_after_s = getattr(error, "retry_after_s", None)
-    headers = {} if retry_after_s is None else {"retry-after": str(retry_after_s)}
+    headers = {}
+    if error.status in (429, 503):
+        headers["retry-after"] = str(getattr(error, "retry_after_s", RETRY_AFTER_S))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     if error.status == 413:
@@ -104,7 +106,7 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message, code = f"there is no route {path!r}; GET /openapi.json lists them", "route_not_found"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        allowed = " or ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
         message, code = f"{request.method} is not allowed for {path!r}; use {allowed}", "method_not_allowed"
     else:
         message, code = str(error.detail), None

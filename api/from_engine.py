@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from api.reply import Reply, Usage, finish_reason, prompt_text
@@ -66,14 +67,7 @@ def echoed_message(request: ChatRequest) -> str:
 
 def without_tokens(sequence: CompletionOutput) -> CompletionOutput:
     """Return the sequence as if nothing had been generated."""
-    return CompletionOutput(
-        index=sequence.index,
-        text="",
-        token_ids=[],
-        logprobs=None,
-        finish_reason=sequence.finish_reason,
-        seed=sequence.seed,
-    )
+    return replace(sequence, text="", token_ids=[], logprobs=None, text_offsets=None)
 
 
 def end_fields(sequence: CompletionOutput) -> dict[str, Any]:

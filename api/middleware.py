@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import secrets
@@ -11,7 +12,7 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import BodyTooLargeError, JSONReply, error_reply, internal_error_body
+from api.errors import BodyTooLargeError, JSONReply, RequestAbortedError, error_reply, internal_error_body
 from api.state import ServerState
 from api.to_engine import is_request_id
 from jaxserve.errors import AuthenticationError
@@ -47,6 +48,12 @@ class RequestScope:
         self._state.in_flight.enter()
         try:
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            if not self._state.in_flight.is_draining:
+                raise
+            # A shutdown that waits no longer. This is the top of the request's task, so the cancellation ends here.
+            if not status:
+                await error_reply(RequestAbortedError())(scope, receive, send_with_id)
         except Exception:
             if status:  # too late for another answer; the server cuts the connection
                 raise

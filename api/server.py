@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ABORT_GRACE_S = 2.0  # for aborted requests to tell their clients
+_CANCEL_GRACE_S = 0.5  # for what a forced end cuts off
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which common proxies drop an idle connection
 
 
@@ -42,8 +43,9 @@ async def serve(
 ) -> None:
     """Serve until a signal came and running requests ended. Call it in the main thread, for signals to arrive.
 
-    `on_started` gets the port once requests are taken; `on_drain` is awaited when the shutdown begins, and may tell
-    the engine to refuse new work. `sockets` are listened on instead of the config's host and port.
+    `on_started` gets the port once requests are taken. `on_drain` runs when the shutdown begins, beside the requests
+    that finish, and is cancelled with the last of them; it may tell the engine to refuse new work. `sockets` are
+    listened on instead of the config's host and port.
     """
     server = Server(app, config, on_started=on_started, on_drain=on_drain)
     await server.serve(sockets)
@@ -117,20 +119,31 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the door, and cut off what a forced end left running."""
         await super().shutdown(sockets)
-        for task in list(self.server_state.tasks):
+        tasks = list(self.server_state.tasks)
+        for task in tasks:
             task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
 
     async def _drain(self) -> None:
         in_flight = self._state.in_flight
         in_flight.is_draining = True
         _log.info("shutting down: %d requests have %g s to finish", in_flight.num_http, self._timeout_s)
         try:
-            if self._on_drain is not None:
-                await self._on_drain()
-            if not await in_flight.wait_idle(self._timeout_s):
-                await self._abort_running()
+            async with asyncio.TaskGroup() as tasks:
+                hook = tasks.create_task(self._tell_drain())
+                if not await in_flight.wait_idle(self._timeout_s):
+                    await self._abort_running()
+                hook.cancel()
         finally:
             self.should_exit = True
+
+    async def _tell_drain(self) -> None:
+        try:
+            if self._on_drain is not None:
+                await self._on_drain()
+        except Exception:  # noqa: BLE001 - a failing hook must not keep the server from ending
+            _log.exception("the drain hook failed")
 
     async def _abort_running(self) -> None:
         in_flight = self._state.in_flight

@@ -25,7 +25,7 @@ class RequestModel(BaseModel):
             parameter = cls.unsupported[name]
             if not parameter.asks_nothing(fields[name], fields):
                 raise InvalidRequestError(
-                    f"{name} is not supported: {parameter.reason}", param=name, code="unsupported"
+                    f"{name} is not supported: {parameter.reason}", param=name, code="unsupported_parameter"
                 )
             del fields[name]
 

@@ -80,6 +80,7 @@ class Message(RequestModel):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None  # another name of it
     refusal: str | None = None
 
     @model_validator(mode="before")
@@ -93,8 +94,8 @@ class Message(RequestModel):
     def _check_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
             raise ValueError("needs content")
-        if self.role != "assistant" and (self.tool_calls or self.refusal or self.reasoning_content):
-            raise ValueError("has tool_calls, refusal or reasoning_content, which only an assistant's message has")
+        if self.role != "assistant" and (self.tool_calls or self.refusal or self.reasoning_content or self.reasoning):
+            raise ValueError("has tool_calls, refusal or reasoning, which only an assistant's message has")
         if self.role != "tool" and self.tool_call_id is not None:
             raise ValueError("has tool_call_id, which only a tool's message has")
         return self
