@@ -1,0 +1,54 @@
+"""Contract of kv_write: put each token's key and value into its slot of the pools."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.kv_write.xla import kv_write_xla
+from pallas_kernels.numerics import POOL_DTYPES
+
+_KERNELS: Mapping[Implementation, Callable[..., Any]] = {"xla": kv_write_xla}
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",), inline=True)
+def kv_write(
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,  # [tokens, kv_heads, head_dim]
+    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
+    v_pool: jax.Array,  # as k_pool
+    slots: jax.Array,  # i32[tokens], block * block_size + offset; padding tokens point into block 0
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the pools with k and v written at `slots`; in place where the pools are donated.
+
+    Slots other than those of block 0 are distinct. A slot outside the pool writes nothing.
+    """
+    _check(k, v, k_pool, v_pool, slots)
+    return dispatch("kv_write", _KERNELS, implementation, k, v, k_pool, v_pool, slots)
+
+
+def _check(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array, slots: jax.Array) -> None:
+    if k.ndim != 3 or k.shape != v.shape:
+        raise ValueError(f"k and v must both be [tokens, kv_heads, head_dim], got {k.shape} and {v.shape}")
+    check_pools(k_pool, v_pool)
+    if k_pool.shape[2:] != k.shape[1:]:
+        raise ValueError(f"pools hold [.., kv_heads, head_dim] = {k_pool.shape[2:]}, k and v have {k.shape[1:]}")
+    if slots.shape != k.shape[:1] or slots.dtype != jnp.int32:
+        raise ValueError(f"slots must be i32[{k.shape[0]}], got {slots.dtype}{list(slots.shape)}")
+
+
+def check_pools(k_pool: jax.Array, v_pool: jax.Array) -> None:
+    """Raises ValueError unless both pools are [num_blocks, block_size, kv_heads, head_dim] of one pool dtype."""
+    if k_pool.ndim != 4 or k_pool.shape != v_pool.shape or k_pool.dtype != v_pool.dtype:
+        raise ValueError(
+            "pools must both be [num_blocks, block_size, kv_heads, head_dim] of one dtype, "
+            f"got {k_pool.dtype}{list(k_pool.shape)} and {v_pool.dtype}{list(v_pool.shape)}"
+        )
+    if k_pool.dtype not in POOL_DTYPES:
+        names = ", ".join(jnp.dtype(d).name for d in POOL_DTYPES)
+        raise ValueError(f"pool dtype {k_pool.dtype} is not supported; use one of {names} (uint16: bfloat16 bits)")

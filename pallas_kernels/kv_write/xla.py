@@ -1,0 +1,28 @@
+"""kv_write as one scatter a pool: O(tokens) work, in place under donation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.numerics import to_storage
+
+
+def kv_write_xla(
+    k: jax.Array,  # [tokens, kv_heads, head_dim]
+    v: jax.Array,
+    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
+    v_pool: jax.Array,
+    slots: jax.Array,  # i32[tokens]
+) -> tuple[jax.Array, jax.Array]:
+    """Scatters whole [kv_heads * head_dim] rows: a slot is one contiguous row of the flattened pool."""
+    if slots.shape[0] == 1:
+        # XLA turns a scatter of one row into a dynamic-update-slice, and then copies the pool for the loops that read
+        # it afterwards. The same row twice keeps it a scatter.
+        k, v, slots = (jnp.concatenate([x, x]) for x in (k, v, slots))
+    return _write(k, k_pool, slots), _write(v, v_pool, slots)
+
+
+def _write(x: jax.Array, pool: jax.Array, slots: jax.Array) -> jax.Array:
+    rows = to_storage(x, pool.dtype).reshape(x.shape[0], -1)
+    flat = pool.reshape(-1, rows.shape[1])  # [slots, kv_heads * head_dim]
+    flat = flat.at[slots].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)
+    return flat.reshape(pool.shape)

@@ -1,0 +1,142 @@
+"""Batches that every implementation of paged attention must get right, and their seeded inputs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.numerics import logical_dtype, pool_dtype, pool_shape
+from pallas_kernels.paged_attention.metadata import AttentionMetadata, build_metadata
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One batch. Rows are (computed tokens, new tokens)."""
+
+    name: str
+    rows: tuple[tuple[int, int], ...]
+    q_heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 64
+    block_size: int = 16
+    dtype: str = "float32"
+    num_tokens: int = 8  # bucket
+    num_rows: int = 4  # bucket
+    has_prefill: bool = False
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    shares_prefix: bool = False  # all rows begin with the same blocks
+
+    @property
+    def query_lens(self) -> list[int]:
+        """New tokens of each row."""
+        return [new for _, new in self.rows]
+
+    @property
+    def kv_lens(self) -> list[int]:
+        """Tokens of each row after the step."""
+        return [computed + new for computed, new in self.rows]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """Inputs of a case; `k_values` and `v_values` are what the pools hold, as float64."""
+
+    q: jax.Array
+    k_pool: jax.Array
+    v_pool: jax.Array
+    k_values: np.ndarray
+    v_values: np.ndarray
+    block_tables: np.ndarray  # i32[batch rows, blocks_per_seq]
+    metadata: AttentionMetadata
+
+
+BLOCKS_PER_SEQ = 384 // 16
+_DECODES = ((0, 1), (14, 1), (15, 1), (16, 1))  # one token; one short of a block, a full block, a block and one
+_MIXED = ((0, 70), (37, 1), (100, 64), (0, 1), (200, 30), (255, 1), (5, 2))
+
+CASES: tuple[Case, ...] = (
+    Case(name="no_rows", rows=()),
+    Case(name="one_row_of_one_token", rows=((0, 1),), num_tokens=1, num_rows=1),
+    Case(name="block_edges", rows=_DECODES),
+    Case(name="padding_rows_and_tokens", rows=((130, 1), (3, 1)), has_prefill=True),
+    Case(name="chunk_edges", rows=((126, 1), (127, 1), (128, 1), (256, 1))),
+    Case(name="more_rows_than_a_group", rows=tuple((17 * i, 1) for i in range(12)), num_tokens=12, num_rows=12),
+    Case(name="multi_head", rows=_DECODES, q_heads=4, kv_heads=4),
+    Case(name="four_queries_a_head", rows=_DECODES, q_heads=8, kv_heads=2, head_dim=128),
+    Case(name="eight_queries_on_one_head", rows=_DECODES, q_heads=8, kv_heads=1),
+    Case(name="prefill_from_nothing", rows=((0, 130),), num_tokens=136, num_rows=4, has_prefill=True),
+    Case(name="prefill_continues_a_chunk", rows=((150, 100),), num_tokens=136, num_rows=4, has_prefill=True),
+    Case(name="decodes_and_prefills", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True),
+    Case(name="shared_prefix", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, shares_prefix=True),
+    Case(name="sliding_window", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=40),
+    Case(name="window_of_one", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=1),
+    Case(name="soft_cap", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, soft_cap=2.0),
+    Case(name="bfloat16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16"),
+    Case(name="float16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="float16"),
+    Case(
+        name="blocks_of_32", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16", block_size=32
+    ),
+    Case(name="blocks_of_48", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, block_size=48),
+    Case(
+        name="blocks_of_256",
+        rows=_MIXED,
+        num_tokens=176,
+        num_rows=8,
+        has_prefill=True,
+        dtype="bfloat16",
+        block_size=256,
+    ),
+)
+
+
+def make_inputs(case: Case, *, unread: float = 0.0, seed: int = 0) -> Inputs:
+    """Seeded inputs with permuted blocks. Slots that no row may read hold `unread`, those of block 0 included."""
+    rng = np.random.default_rng(seed)
+    blocks_per_seq = -(-BLOCKS_PER_SEQ * 16 // case.block_size)
+    used = [-(-kv_len // case.block_size) for kv_len in case.kv_lens]
+    num_blocks = 1 + sum(used) + 3
+    ids = 1 + rng.permutation(num_blocks - 1).astype(np.int32)
+    tables = np.zeros((len(used), blocks_per_seq), np.int32)
+    for row, count in enumerate(used):
+        tables[row, :count], ids = ids[:count], ids[count:]
+        if case.shares_prefix and row:
+            shared = min(count, used[0], 2)
+            tables[row, :shared] = tables[0, :shared]
+
+    stored = pool_dtype(case.dtype, jax.default_backend())
+    shape = pool_shape(num_blocks, case.block_size, case.kv_heads, case.head_dim)
+    values = rng.standard_normal((2, *shape)).astype(logical_dtype(stored))
+    values[:, ~_readable(case, tables, shape[:2])] = unread
+    q = rng.standard_normal((case.num_tokens, case.q_heads, case.head_dim)).astype(values.dtype)
+    k_pool, v_pool = jnp.asarray(values.view(stored))
+    metadata = build_metadata(
+        case.query_lens,
+        case.kv_lens,
+        tables,
+        block_size=case.block_size,
+        num_tokens=case.num_tokens,
+        num_rows=case.num_rows,
+        has_prefill=case.has_prefill,
+    )
+    k_values, v_values = values.astype(np.float64)
+    return Inputs(
+        q=jnp.asarray(q),
+        k_pool=k_pool,
+        v_pool=v_pool,
+        k_values=k_values,
+        v_values=v_values,
+        block_tables=tables,
+        metadata=metadata,
+    )
+
+
+def _readable(case: Case, tables: np.ndarray, pool_slots: tuple[int, ...]) -> np.ndarray:
+    """bool[num_blocks, block_size]: slots that some row may read."""
+    readable = np.zeros(pool_slots, bool)
+    for table, (computed, new) in zip(tables, case.rows, strict=True):
+        first = 0 if case.sliding_window is None else max(0, computed - case.sliding_window + 1)
+        positions = np.arange(first, computed + new)
+        readable[table[positions // case.block_size], positions % case.block_size] = True
+    return readable

@@ -1,0 +1,191 @@
+"""What a step's batch looks like to paged attention: built once a step on the host with numpy, shared by all layers."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compat import register_pytree_dataclass
+
+QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
+_ROW_ALIGNMENT = 8  # decode rows are walked in groups of this many; see xla.py
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionMetadata:
+    """A padded batch and the host's plan to compute it.
+
+    Tokens of a row lie side by side, rows in order, padding tokens last:
+
+        row          0 0 0 0 0 | 1 | 2 | 3 3 | -   -
+        token        0 1 2 3 4 | 5 | 6 | 7 8 | 9  10
+        computed by  tile 0    | decode  | tile 1 | nobody
+
+    Shapes depend only on the token and row buckets, the widest block table, and whether there are tiles at all.
+    """
+
+    query_starts: jax.Array  # i32[rows + 1], first token of each row; the last entry and padding rows: num tokens
+    kv_lens: jax.Array  # i32[rows], tokens of the sequence after this step, 0 for padding rows
+    block_tables: jax.Array  # i32[rows, blocks_per_seq], 0 past a sequence's end
+    decode_tokens: jax.Array  # i32[decodes], tokens of one-token rows, by falling kv length; 0 past num_decodes
+    decode_rows: jax.Array  # i32[decodes], the row of each
+    decode_lens: jax.Array  # i32[decodes], its kv length, 0 past num_decodes
+    num_decodes: jax.Array  # i32[]
+    tile_tokens: jax.Array  # i32[tiles], first token of up to QUERY_TILE tokens of one row
+    tile_rows: jax.Array  # i32[tiles]
+    tile_positions: jax.Array  # i32[tiles], position of the first token in its sequence
+    tile_lens: jax.Array  # i32[tiles], tokens in the tile
+    num_tiles: jax.Array  # i32[]
+    output_rows: (
+        jax.Array
+    )  # i32[tokens], where a token's result lies in [decodes, tiles * QUERY_TILE, one row of zeros]
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionMetadata))
+register_pytree_dataclass(AttentionMetadata, _FIELDS)
+
+
+def num_decode_slots(rows: int) -> int:
+    """Length of the decode plan for a row bucket: rows, rounded up to whole groups.
+
+    >>> [num_decode_slots(n) for n in (1, 4, 8, 9)]
+    [1, 4, 8, 16]
+    """
+    return rows if rows < _ROW_ALIGNMENT else -(-rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+
+def num_tile_slots(tokens: int, rows: int) -> int:
+    """The most tiles that a batch of `tokens` in `rows` can need: every full tile, and one partial tile a row.
+
+    >>> num_tile_slots(512, 8), num_tile_slots(8, 8)
+    (16, 4)
+    """
+    return min(tokens // QUERY_TILE + rows, max(1, tokens // 2))
+
+
+def metadata_shapes(
+    *, num_tokens: int, num_rows: int, blocks_per_seq: int, has_prefill: bool = True
+) -> AttentionMetadata:
+    """The ShapeDtypeStructs of a bucket's metadata, for compiling ahead of time.
+
+    With `has_prefill` a step may mix rows of one token and of many. Without it every row has one token, and the step
+    compiles without the tile loop.
+    """
+    decodes, tiles = num_decode_slots(num_rows), num_tile_slots(num_tokens, num_rows) if has_prefill else 0
+    shapes: dict[str, tuple[int, ...]] = {
+        "query_starts": (num_rows + 1,),
+        "kv_lens": (num_rows,),
+        "block_tables": (num_rows, blocks_per_seq),
+        "num_decodes": (),
+        "num_tiles": (),
+        "output_rows": (num_tokens,),
+    }
+    shapes |= {name: (decodes,) for name in _FIELDS if name.startswith("decode_")}
+    shapes |= {name: (tiles,) for name in _FIELDS if name.startswith("tile_")}
+    # jax types its fields as arrays; here the leaves are their shapes.
+    leaves: dict[str, Any] = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    return AttentionMetadata(**leaves)
+
+
+def build_metadata(
+    query_lens: Sequence[int] | np.ndarray,  # [batch rows], new tokens of each row, >= 1
+    kv_lens: Sequence[int] | np.ndarray,  # [batch rows], computed tokens + new tokens
+    block_tables: np.ndarray,  # i32[batch rows, blocks_per_seq]; the width is part of the compiled shape
+    *,
+    block_size: int,
+    num_tokens: int,
+    num_rows: int,
+    has_prefill: bool = True,
+) -> AttentionMetadata:
+    """Builds a step's metadata as numpy arrays of the shapes that `metadata_shapes` gives for the bucket.
+
+    The bucket is (num_tokens, num_rows); ValueError if the batch does not fit it.
+    """
+    query_lens, kv_lens = np.asarray(query_lens, np.int32), np.asarray(kv_lens, np.int32)
+    _check_batch(query_lens, kv_lens, block_tables, block_size)
+    _check_fits(query_lens, num_tokens, num_rows, has_prefill)
+    starts = np.full(num_rows + 1, query_lens.sum(), np.int32)
+    starts[0] = 0
+    np.cumsum(query_lens, out=starts[1 : len(query_lens) + 1])
+    tables = np.zeros((num_rows, block_tables.shape[1]), np.int32)
+    tables[: len(block_tables)] = block_tables
+
+    decode = np.flatnonzero(query_lens == 1).astype(np.int32)
+    decode = decode[np.argsort(-kv_lens[decode], kind="stable")]
+    decodes = num_decode_slots(num_rows)
+    tile_rows, first_queries = _tiles(query_lens)
+    tile_lens = np.minimum(query_lens[tile_rows] - first_queries, QUERY_TILE)
+    tile_starts = starts[tile_rows] + first_queries
+    tiles = num_tile_slots(num_tokens, num_rows) if has_prefill else 0
+
+    output_rows = np.full(num_tokens, decodes + tiles * QUERY_TILE, np.int32)
+    output_rows[starts[decode]] = np.arange(len(decode))
+    tile_of, offsets = _counted(tile_lens)
+    output_rows[tile_starts[tile_of] + offsets] = decodes + tile_of * QUERY_TILE + offsets
+
+    leaves: dict[str, Any] = {
+        "query_starts": starts,
+        "kv_lens": _padded(kv_lens, num_rows),
+        "block_tables": tables,
+        "decode_tokens": _padded(starts[decode], decodes),
+        "decode_rows": _padded(decode, decodes),
+        "decode_lens": _padded(kv_lens[decode], decodes),
+        "num_decodes": np.asarray(len(decode), np.int32),
+        "tile_tokens": _padded(tile_starts, tiles),
+        "tile_rows": _padded(tile_rows, tiles),
+        "tile_positions": _padded((kv_lens - query_lens)[tile_rows] + first_queries, tiles),
+        "tile_lens": _padded(tile_lens, tiles),
+        "num_tiles": np.asarray(len(tile_rows), np.int32),
+        "output_rows": output_rows,
+    }
+    return AttentionMetadata(**leaves)
+
+
+def _tiles(query_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of more than one token, cut into tiles: the row of each tile and the first query it covers."""
+    rows = np.flatnonzero(query_lens > 1)
+    owners, index = _counted(-(-query_lens[rows] // QUERY_TILE))
+    return rows[owners], index * QUERY_TILE
+
+
+def _counted(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which item each element belongs to, and its index in it: counts [2, 3] give [0, 0, 1, 1, 1], [0, 1, 0, 1, 2]."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    firsts = np.cumsum(counts) - counts
+    return owners, np.arange(len(owners)) - firsts[owners]
+
+
+def _padded(values: np.ndarray, length: int) -> np.ndarray:
+    padded = np.zeros(length, np.int32)
+    padded[: len(values)] = values
+    return padded
+
+
+def _check_batch(query_lens: np.ndarray, kv_lens: np.ndarray, block_tables: np.ndarray, block_size: int) -> None:
+    if kv_lens.shape != query_lens.shape or block_tables.ndim != 2 or len(block_tables) != len(query_lens):
+        raise ValueError(
+            f"query_lens, kv_lens and block_tables must agree on the rows, got {query_lens.shape}, {kv_lens.shape} "
+            f"and {block_tables.shape}"
+        )
+    if len(query_lens) == 0:
+        return
+    if query_lens.min() < 1 or np.any(kv_lens < query_lens):
+        raise ValueError(f"each row needs 1 <= query_len <= kv_len, got {query_lens} and {kv_lens}")
+    if kv_lens.max() > block_tables.shape[1] * block_size:
+        raise ValueError(
+            f"a row of {kv_lens.max()} tokens needs more than the {block_tables.shape[1]} blocks of {block_size} "
+            "tokens that its block table holds"
+        )
+
+
+def _check_fits(query_lens: np.ndarray, num_tokens: int, num_rows: int, has_prefill: bool) -> None:
+    if len(query_lens) > num_rows or query_lens.sum() > num_tokens:
+        raise ValueError(
+            f"{len(query_lens)} rows of {query_lens.sum()} tokens do not fit the bucket of {num_rows} rows and "
+            f"{num_tokens} tokens"
+        )
+    if not has_prefill and np.any(query_lens > 1):
+        raise ValueError("a row of several tokens needs metadata with has_prefill=True")

@@ -1,0 +1,76 @@
+"""build_metadata: the host's plan of a batch, its bounds and its speed."""
+
+import time
+
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import build_metadata
+from pallas_kernels.paged_attention.metadata import QUERY_TILE
+
+TABLES = np.arange(1, 33, dtype=np.int32).reshape(4, 8)
+
+
+def build(query_lens, kv_lens, tables=None, **overrides):
+    bucket = {"block_size": 64, "num_tokens": 256, "num_rows": 4} | overrides
+    return build_metadata(query_lens, kv_lens, TABLES[: len(query_lens)] if tables is None else tables, **bucket)
+
+
+def test_decode_rows_come_longest_first_and_prefills_are_cut_into_tiles():
+    metadata = build([1, QUERY_TILE + 6, 1, 2], [30, 100, 50, 2])
+    assert metadata.decode_rows[:2].tolist() == [2, 0]
+    assert metadata.decode_lens[:3].tolist() == [50, 30, 0]
+    assert metadata.decode_tokens[:2].tolist() == [QUERY_TILE + 7, 0]
+    assert (metadata.num_decodes, metadata.num_tiles) == (2, 3)
+    assert metadata.tile_rows[:3].tolist() == [1, 1, 3]
+    assert metadata.tile_tokens[:3].tolist() == [1, 1 + QUERY_TILE, QUERY_TILE + 8]
+    assert metadata.tile_positions[:3].tolist() == [30, 30 + QUERY_TILE, 0]
+    assert metadata.tile_lens[:3].tolist() == [QUERY_TILE, 6, 2]
+    assert metadata.query_starts.tolist() == [0, 1, QUERY_TILE + 7, QUERY_TILE + 8, QUERY_TILE + 10]
+
+
+def test_each_token_reads_its_own_result_and_padding_reads_the_zeros():
+    metadata = build([3, 1], [3, 5], num_tokens=8)
+    decodes, tiles = len(metadata.decode_rows), len(metadata.tile_rows)
+    zeros = decodes + tiles * QUERY_TILE
+    assert metadata.output_rows.tolist() == [decodes, decodes + 1, decodes + 2, 0, *[zeros] * 4]
+
+
+def test_every_batch_that_fits_a_bucket_fits_its_tiles():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        num_rows = int(rng.integers(1, 9))
+        query_lens = 1 + rng.multinomial(int(rng.integers(0, 200)), np.ones(num_rows) / num_rows)
+        tables = np.ones((num_rows, 8), np.int32)
+        metadata = build(query_lens, query_lens, tables, num_tokens=int(query_lens.sum()), num_rows=num_rows)
+        assert metadata.tile_lens.sum() + metadata.num_decodes == query_lens.sum()
+
+
+@pytest.mark.parametrize(
+    ("query_lens", "kv_lens", "overrides", "message"),
+    [
+        ([1, 1], [1], {}, "agree on the rows"),
+        ([0], [1], {}, "1 <= query_len"),
+        ([2], [1], {}, "query_len <= kv_len"),
+        ([1], [513], {}, "more than the 8 blocks of 64"),
+        ([1] * 4, [1] * 4, {"num_rows": 3}, "do not fit the bucket"),
+        ([9], [9], {"num_tokens": 8}, "do not fit the bucket"),
+        ([2], [2], {"has_prefill": False}, "has_prefill=True"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(query_lens, kv_lens, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        build(query_lens, kv_lens, **overrides)
+
+
+def test_256_rows_take_well_under_a_millisecond():
+    rng = np.random.default_rng(0)
+    kv_lens = rng.integers(1, 8192, 256)
+    tables = np.ones((256, 512), np.int32)
+    bucket = {"block_size": 16, "num_tokens": 256, "num_rows": 256}
+    times = []
+    for _ in range(50):
+        start = time.perf_counter()
+        build_metadata(np.ones(256, np.int32), kv_lens, tables, **bucket)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5e-3
