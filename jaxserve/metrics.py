@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
 from jaxserve.outputs import FinishReason, TokenDelta
@@ -35,6 +35,7 @@ class ServerMetrics:
 
     def __init__(self, *, model_name: str, max_model_len: int = 131072, prefix: str = "jaxserve:") -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._last_stats = EngineStats()
@@ -80,6 +81,9 @@ class ServerMetrics:
             "request_decode_time_seconds", "From the first token to the end.", _REQUEST_BUCKETS_S
         )
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens.", token_buckets)
+        self.prefill_computed_tokens = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens that were not in the prefix cache.", token_buckets
+        )
         self.request_generation_tokens = self._histogram(
             "request_generation_tokens", "Generated tokens, per sequence.", token_buckets
         )
@@ -185,6 +189,7 @@ class RequestTimer:
             metrics.time_to_first_token.observe(now_s - self.arrival_time_s)
             metrics.prompt_tokens.inc(self.num_prompt_tokens)
             metrics.prompt_tokens_cached.inc(delta.num_cached_tokens or 0)
+            metrics.prefill_computed_tokens.observe(self.num_prompt_tokens - (delta.num_cached_tokens or 0))
 
     def on_end(self, num_output_tokens: list[int], reasons: list[FinishReason]) -> None:
         """Record the end of the request, whatever ended it; `num_output_tokens` has an entry a sequence."""

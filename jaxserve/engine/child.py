@@ -17,17 +17,17 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from jaxserve.config import Config
+from jaxserve.config import API_KEY_VARIABLE, Config
 from jaxserve.engine import wire
 from jaxserve.engine.process import LaunchOrder
 from jaxserve.errors import ConfigError
 
-LAST_MESSAGES_S = 0.1  # how long to listen on after the process has ended
+LAST_MESSAGES_S = 0.05  # how long to listen on after the process has ended
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 103 (macOS) to 107 (Linux)
 
 
 class EngineChild:
-    """A running engine process. Made by `launch` on the event loop's thread, used once, closed by `end` or `kill`.
+    """A running engine process. Made by `launch` on the event loop's thread, used once, closed by `end`.
 
     The socket lies in a folder of its own that nobody else may enter; it is removed as soon as the child has connected.
     """
@@ -37,6 +37,8 @@ class EngineChild:
         self._context = context
         self._socket = _bind(context, socket_dir)
         self._socket_dir = socket_dir
+        self._receiving: asyncio.Future[bytes] | None = None
+        self._has_fallen_silent = False
         self._exited: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         threading.Thread(target=self._wait, args=(asyncio.get_running_loop(),), daemon=True).start()
 
@@ -46,6 +48,7 @@ class EngineChild:
         socket_dir = _make_socket_dir()
         # The child imports from where its parent does; without -P it would look into the working directory first.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+        environment.pop(API_KEY_VARIABLE, None)  # keys are the API's business alone
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE, env=environment
         )
@@ -80,30 +83,30 @@ class EngineChild:
 
     async def receive(self) -> wire.FromEngine | None:
         """The next message; None when the process has ended and all it said was heard."""
-        receiving = asyncio.ensure_future(self._socket.recv())
+        if self._has_fallen_silent:
+            return None
+        self._receiving = asyncio.ensure_future(self._socket.recv())
         try:
-            await asyncio.wait({receiving, self._exited}, return_when=asyncio.FIRST_COMPLETED)
-            if not receiving.done():
-                await asyncio.wait({receiving}, timeout=LAST_MESSAGES_S)
-            if not receiving.done():
+            data = await self._receiving
+        except asyncio.CancelledError:
+            if self._has_fallen_silent:
                 return None
-        finally:
-            receiving.cancel()
+            raise
         self._remove_socket_dir()
-        return wire.decode_from_engine(receiving.result())
+        return wire.decode_from_engine(data)
 
-    async def end(self, *, timeout_s: float) -> None:
-        """Ask the process to end, and kill it when it has not after `timeout_s`."""
-        if not self._exited.done():
-            self.send(wire.Shutdown())
-            await asyncio.wait({self._exited}, timeout=timeout_s)
-        self.kill()
+    async def end(self, *, timeout_s: float = 0.0) -> None:
+        """Ask the process to end, kill it when it has not after `timeout_s`, and let go of everything."""
+        try:
+            if timeout_s > 0 and not self._exited.done():
+                self.send(wire.Shutdown())
+                await asyncio.wait({self._exited}, timeout=timeout_s)
+        finally:
+            self._process.kill()
+            self._close()
         await self._exited
 
-    def kill(self) -> None:
-        """End the process now and let go of everything."""
-        self._process.kill()
-        self._process.wait()
+    def _close(self) -> None:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._remove_socket_dir()
@@ -117,8 +120,14 @@ class EngineChild:
             return  # the loop is closed: nobody waits any more
 
     def _set_exited(self, code: int) -> None:
-        if not self._exited.done():
-            self._exited.set_result(code)
+        self._exited.set_result(code)
+        # What it sent before it died is in the socket's buffers, and comes within this time.
+        asyncio.get_running_loop().call_later(LAST_MESSAGES_S, self._fall_silent)
+
+    def _fall_silent(self) -> None:
+        self._has_fallen_silent = True
+        if self._receiving is not None:
+            self._receiving.cancel()
 
     def _write_order(self, order: LaunchOrder) -> None:
         stdin: IO[bytes] | None = self._process.stdin

@@ -24,6 +24,7 @@ class LiveRequest:
     processor: OutputProcessor | None = None
     timer: RequestTimer | None = None
     error: JaxserveError | None = None
+    is_aborted: bool = False
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -51,13 +52,14 @@ class LiveRequest:
         return self.processor.push(delta)
 
     def fail(self, error: JaxserveError) -> None:
-        """End the request with an error, unless its answer is complete and only waits to be read."""
-        if self.processor is None or not self.processor.is_finished:
+        """End the request with an error, unless it is not submitted yet, or complete and only waits to be read."""
+        if self.processor is not None and not self.processor.is_finished:
             self.error = error
             self._news.set()
 
     def abort(self) -> None:
-        """End the request with what it has."""
+        """End the request with what it has; one that is not submitted yet ends when it is."""
+        self.is_aborted = True
         if self.processor is not None:
             self.processor.abort()
             self._news.set()
@@ -104,6 +106,8 @@ class LiveRequests:
         )
         for sequence_id in request.sequence_ids:
             self._by_sequence[sequence_id] = request
+        if request.is_aborted:
+            request.processor.abort()
 
     def push(self, deltas: list[TokenDelta]) -> list[str]:
         """Take in a step's deltas; returns the sequences that stop strings ended. Unknown ones are late and dropped."""

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import zmq
@@ -87,9 +87,9 @@ class EngineProcess:
 
     def start(self) -> None:
         """Make the core, telling the parent how it goes; errors pass through."""
-        self._send(wire.Progress(f"engine process {os.getpid()} started"))  # hears of us, and removes the socket's file
-        self._core = self._make_core(lambda text: self._send(wire.Progress(text)))
-        self._send(wire.Ready(self._core.info))
+        self.send(wire.Progress(f"engine process {os.getpid()} started"))  # hears of us, and removes the socket's file
+        self._core = self._make_core(lambda text: self.send(wire.Progress(text)))
+        self.send(wire.Ready(self._core.info))
 
     def stop(self) -> None:
         """Leave the main loop after the step under way; may be called from a signal handler or another thread."""
@@ -118,7 +118,7 @@ class EngineProcess:
             case wire.AbortRequests(request_ids):
                 self._send_outputs(self._core.abort(request_ids))
             case wire.ResetPrefixCache(call_id):
-                self._send(wire.CallResult(call_id, self._core.reset_prefix_cache()))
+                self.send(wire.CallResult(call_id, self._core.reset_prefix_cache()))
             case wire.Shutdown():
                 self.stop()
 
@@ -132,7 +132,7 @@ class EngineProcess:
         except RequestError as error:
             self._core.abort(added)
             names = [request.request_id for request in requests]
-            self._send(wire.Rejected(names, wire.WireError.of(error)))
+            self.send(wire.Rejected(names, wire.WireError.of(error)))
 
     def _send_outputs(self, deltas: list[TokenDelta]) -> None:
         """Send a step's deltas in one message, with the statistics when they are due."""
@@ -141,9 +141,10 @@ class EngineProcess:
         if is_due:
             self._stats_time_s = now_s
         if deltas or is_due:
-            self._send(wire.StepOutputs(deltas, self._core.stats() if is_due else None))
+            self.send(wire.StepOutputs(deltas, self._core.stats() if is_due else None))
 
-    def _send(self, message: wire.FromEngine) -> None:
+    def send(self, message: wire.FromEngine) -> None:
+        """Hand a message to the socket; any thread may."""
         with self._send_lock:
             self._socket.send(wire.encode(message))
 
@@ -173,12 +174,12 @@ def _serve(socket: zmq.Socket[bytes], order: LaunchOrder) -> int:
     try:
         process.start()
     except JaxserveError as error:
-        socket.send(wire.encode(wire.StartFailed(wire.WireError.of(error))))
+        process.send(wire.StartFailed(wire.WireError.of(error)))
         return EXIT_START_FAILED
     except Exception as error:
         logger.exception("the engine could not start")
         failure = JaxserveError(f"the engine could not start: {type(error).__name__}: {error}")
-        socket.send(wire.encode(wire.StartFailed(wire.WireError.of(failure))))
+        process.send(wire.StartFailed(wire.WireError.of(failure)))
         return EXIT_START_FAILED
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
     try:
@@ -224,5 +225,14 @@ def _watch_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
+def _end(exit_code: int) -> NoReturn:
+    """End now. After a failure nothing is waited for: compile threads and device runtimes may hang, and the parent
+    sees a death only when the process is gone."""
+    if exit_code:
+        logging.shutdown()
+        os._exit(exit_code)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

@@ -15,7 +15,7 @@ from jaxserve.engine.child import EngineChild
 from jaxserve.engine.client import EngineHealth, EngineState, ModelInfo
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.live_requests import LiveRequests
-from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, load_tokenizer, model_info
+from jaxserve.engine.preparation import MAX_INLINE_CHARS, PreparedRequest, RequestPreparer, load_tokenizer, model_info
 from jaxserve.engine.process import DEFAULT_CORE
 from jaxserve.engine.supervisor import EngineSupervisor
 from jaxserve.errors import EngineDeadError, ServerDrainingError
@@ -25,8 +25,6 @@ from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
-
-MAX_INLINE_CHARS = 4096  # longer prompts are tokenised in a thread, so as not to hold up the event loop
 
 
 class ProcessEngineClient:
@@ -91,14 +89,21 @@ class ProcessEngineClient:
 
     async def start(self) -> None:
         """Start the engine process and wait until it is ready; raises what kept it from starting."""
+        starting = asyncio.create_task(self._supervisor.start())
         loading = asyncio.get_running_loop().run_in_executor(self._tokenizing, load_tokenizer, self._config.model)
         try:
-            self.core_info = await self._supervisor.start()
-            self.tokenizer = await loading
+            # Either may fail long before the other is done.
+            await asyncio.wait({starting, loading}, return_when=asyncio.FIRST_EXCEPTION)
+            for future in (loading, starting):
+                if future.done():
+                    future.result()
         except BaseException:
+            starting.cancel()
             loading.cancel()
+            await asyncio.gather(starting, loading, return_exceptions=True)
             await self.shutdown()
             raise
+        self.tokenizer, self.core_info = loading.result(), starting.result()
         self.metrics.set_core_info(self.core_info)
         self._preparer = RequestPreparer(self.tokenizer, self.core_info, seed=self._config.model.seed)
         self.model_info = model_info(self._config.model, self.core_info)
@@ -121,7 +126,8 @@ class ProcessEngineClient:
             prepared = await self._prepare(prompt, params, request_id=request_id, **options)
             self._check_ready()
             self._live.submit(request, prepared, self.tokenizer)
-            self._supervisor.send(wire.AddRequests.of(prepared.sequences))
+            if not request.is_aborted:
+                self._supervisor.send(wire.AddRequests.of(prepared.sequences))
             is_finished = False
             while not is_finished:
                 output = await request.next_output()
@@ -152,6 +158,8 @@ class ProcessEngineClient:
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and let the running ones finish; True when they did before `timeout_s` had passed."""
         self._supervisor.drain()
+        if not len(self._live):
+            return True
         try:
             await asyncio.wait_for(self._live.wait_until_none_left(), timeout_s)
         except TimeoutError:

@@ -101,7 +101,7 @@ class EngineSupervisor:
                     case None:
                         raise JaxserveError(f"the engine process {child.exit_text} while it started; see its log")
         except BaseException:
-            child.kill()
+            await child.end()
             self._child = None
             raise
 
@@ -111,7 +111,7 @@ class EngineSupervisor:
         try:
             while is_running:
                 await self._pass_on_messages()
-                is_running = await self._restart(self._bury())
+                is_running = await self._restart(await self._bury())
         except Exception as error:
             logger.exception("the supervision of the engine failed")
             self._set_state(EngineState.DEAD, f"internal error: {type(error).__name__}: {error}")
@@ -122,12 +122,12 @@ class EngineSupervisor:
         while child is not None and (message := await child.receive()) is not None:
             self._on_message(message)
 
-    def _bury(self) -> str:
+    async def _bury(self) -> str:
         """Clear away the dead child; returns how it ended."""
         assert self._child is not None
         cause = f"the engine process {self._child.exit_text}"
-        self._child.kill()
-        self._child = None
+        child, self._child = self._child, None
+        await child.end()
         return cause
 
     async def _restart(self, cause: str) -> bool:

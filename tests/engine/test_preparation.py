@@ -65,6 +65,17 @@ def test_a_prompt_of_endless_characters_is_not_even_tokenised(prepare):
         prepare("a" * (CONTEXT * MAX_CHARS_PER_TOKEN + 1))
 
 
+def test_long_text_is_tokenised_as_short_text_is(tokenizer):
+    info = CoreInfo(max_model_len=10_000, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
+    text = "abc " * 2000
+
+    prepared = RequestPreparer(tokenizer, info, seed=0).prepare(text, SamplingParams(), request_id="r")
+
+    assert prepared.prompt_token_ids == tokenizer.encode(text)
+    with pytest.raises(InvalidRequestError, match="surrogates"):
+        RequestPreparer(tokenizer, info, seed=0).prepare(text + "\ud800", SamplingParams(), request_id="r")
+
+
 def test_prompt_and_max_tokens_must_fit_together(prepare):
     with pytest.raises(PromptTooLongError, match="together 21; .* lower max_tokens to 17") as raised:
         prepare("abc", max_tokens=18)

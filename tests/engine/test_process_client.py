@@ -251,3 +251,26 @@ async def wait_for(condition, timeout_s=5.0):
     while not condition():
         assert time.monotonic() < deadline, "what was waited for did not come"
         await asyncio.sleep(0.01)
+
+
+async def test_a_request_aborted_while_its_prompt_is_tokenised_never_runs(fake_client, tmp_path):
+    record = tmp_path / "record"
+    async with fake_client({"record": str(record)}) as client:
+        task = asyncio.create_task(
+            collect(client.generate("ab" * 1000 + "c" * 2500, SamplingParams(truncate_prompt_tokens=2), request_id="r"))
+        )
+        await asyncio.sleep(0)
+        await client.abort("r")
+        [output] = await task
+
+    assert output.outputs[0].finish_reason is FinishReason.ABORT
+    assert record.read_text() == "shutdown\n"
+
+
+async def test_a_missing_tokenizer_ends_the_start_before_the_engine_is_ready(fake_client, tmp_path):
+    start_s = time.monotonic()
+    with pytest.raises(JaxserveError, match="tokenizer"):
+        async with fake_client({"start_s": 60}, tokenizer=str(tmp_path)):
+            pass
+
+    assert time.monotonic() - start_s < 10
