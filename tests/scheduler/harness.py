@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 
-from paged_device import PagedDevice, expected_output, make_request
-
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.outputs import FinishReason, TokenDelta
@@ -13,6 +11,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
+from tests.scheduler.paged_device import PagedDevice, expected_output, make_request
 
 
 class Harness:
@@ -103,6 +102,10 @@ class Harness:
         assert max(plan.num_tokens) <= self.settings.max_tokens_per_row
         assert len(set(plan.slots)) == len(plan.slots)
         assert len(set(plan.request_ids)) == len(plan.request_ids)
+        for request_id, start, num_tokens in zip(plan.request_ids, plan.starts, plan.num_tokens, strict=True):
+            request = self.device.requests[request_id]
+            limit = len(request.prompt_token_ids) + (request.sampling_params.max_tokens or self.token_limit)
+            assert start + num_tokens < min(limit, self.token_limit), f"{request_id} is computed beyond its end"
         assert set(plan.slots) <= set(range(1, self.settings.max_num_seqs + 1))
 
     def _record(self, deltas: list[TokenDelta]) -> None:

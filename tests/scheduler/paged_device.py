@@ -9,7 +9,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan, StepResult
 
-VOCAB_SIZE = 50
+VOCAB_SIZE = 100
 EOS = 0  # rare enough in what `sampled` gives that most sequences reach their length
 
 

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from harness import Harness
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jaxserve.errors import PromptTooLongError, QueueFullError
+from tests.scheduler.harness import Harness
 
 MAX_MODEL_LEN = 40
+MAX_QUEUED = 10
+REQUESTS = st.fixed_dictionaries(
+    {
+        "shared": st.integers(0, 16),
+        "own": st.lists(st.integers(1, 2), max_size=6),
+        "max_tokens": st.sampled_from([None, 1, 2, 5, 12, 20]),
+        "priority": st.integers(0, 2),
+        "cache_salt": st.sampled_from([None, None, None, "tenant"]),
+        "adapter": st.sampled_from([None, None, None, "tenant"]),
+        "prompt_logprobs": st.sampled_from([None, None, 0]),
+        "min_tokens": st.sampled_from([0, 0, 1]),
+        "stop_token_ids": st.sampled_from([None, [1, 2, 3, 4], [0]]),
+    }
+)
 
 
 class SchedulerModel(RuleBasedStateMachine):
     """Prompts come from few tokens, so that many share a prefix; pools are small, so that many are preempted."""
 
     @initialize(
-        num_blocks=st.integers(3, 24),
+        num_blocks=st.integers(3, 20),
         block_size=st.integers(1, 4),
         prefix_cache=st.sampled_from([True, True, False]),
         depth=st.integers(0, 2),
@@ -36,23 +50,17 @@ class SchedulerModel(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             policy=policy,
             long_prefill_token_threshold=threshold,
-            max_queued_requests=6,
+            max_queued_requests=MAX_QUEUED,
         )
         self.num_added = 0
 
-    @rule(
-        shared=st.integers(0, 12),
-        own=st.lists(st.integers(1, 2), max_size=6),
-        max_tokens=st.one_of(st.none(), st.integers(1, 12)),
-        priority=st.integers(0, 2),
-        cache_salt=st.sampled_from([None, None, None, "tenant"]),
-        adapter=st.sampled_from([None, None, None, "tenant"]),
-        prompt_logprobs=st.sampled_from([None, None, None, 0]),
-        min_tokens=st.sampled_from([0, 0, 1]),
-        stop_token_ids=st.sampled_from([None, [1, 2, 3, 4], [0]]),
-    )
-    def add(self, shared, own, **fields):
-        prompt = ([1, 2, 3, 1] * 3)[:shared] + own or [1]
+    @rule(requests=st.lists(REQUESTS, min_size=1, max_size=4))
+    def add(self, requests):
+        for fields in requests:
+            self._add(**fields)
+
+    def _add(self, shared, own, **fields):
+        prompt = ([1, 2, 3, 1] * 4)[:shared] + own or [1]
         request_id = f"request-{self.num_added}"
         self.num_added += 1
         try:
@@ -60,9 +68,9 @@ class SchedulerModel(RuleBasedStateMachine):
         except PromptTooLongError:
             assert len(prompt) > self.harness.pool.num_usable * self.harness.pool.block_size
         except QueueFullError:
-            assert self.harness.scheduler.stats().num_waiting >= 6
+            assert self.harness.scheduler.stats().num_waiting >= MAX_QUEUED
 
-    @rule(num_steps=st.integers(1, 4))
+    @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps):
         for _ in range(num_steps):
             self.harness.step()
@@ -74,7 +82,7 @@ class SchedulerModel(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 100))
     def abort(self, which):
-        request_id = f"request-{which % (self.num_added + 1)}"
+        request_id = f"request-{which % (self.num_added + 1)}"  # unknown, unfinished or finished
         self.harness.abort(request_id, request_id)
 
     @rule(which=st.integers(0, 100))
@@ -97,4 +105,4 @@ class SchedulerModel(RuleBasedStateMachine):
 
 
 TestSchedulerModel = SchedulerModel.TestCase
-TestSchedulerModel.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestSchedulerModel.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
