@@ -19,7 +19,9 @@ class EngineCore:
     # host     plan 2, dispatch 2, result 1, update | plan 3, dispatch 3, result 2, update | ...
     """
 
-    def __init__(self, config: Config, *, on_progress: OnProgress | None = None, started: Started | None = None) -> None:
+    def __init__(
+        self, config: Config, *, on_progress: OnProgress | None = None, started: Started | None = None
+    ) -> None:
         """Load and compile (or take what `started` brings): ready afterwards."""
         started = started or start(config, on_progress or (lambda line: None))
         self.info: CoreInfo = started.info

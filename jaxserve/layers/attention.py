@@ -20,6 +20,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import AttentionMetadata, paged_attention
 
+
 @partial(jax.tree_util.register_dataclass, data_fields=["metadata", "kv_slots"], meta_fields=[])
 @dataclass(frozen=True)
 class AttentionInputs:
@@ -75,15 +76,13 @@ class Attention(nnx.Module):
             shape.hidden_size, qkv_shape, axes=("kv_heads", None, None, None), numerics=numerics, bias=bias
         )
         q_features = shape.num_q_heads * shape.head_dim
-        self.out = Linear(
-            q_features, (shape.hidden_size,), axes=(None, "q_features"), numerics=numerics, bias=out_bias
-        )
+        self.out = Linear(q_features, (shape.hidden_size,), axes=(None, "q_features"), numerics=numerics, bias=out_bias)
         self.shape = shape
         self.backend = backend
         self.sliding_window = sliding_window
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], angles: Rotation, cache: LayerCache, inputs: AttentionInputs
+        self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, head_dim]
         rotated = rotate(qkv[:, :, :-1], angles)

@@ -16,6 +16,7 @@ from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import Rotation, rotation
+from jaxserve.layers.stack import apply_layers
 from jaxserve.models.base import DecoderConfig, WeightRule
 
 
@@ -48,9 +49,9 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], angles: Rotation, cache: LayerCache, inputs: AttentionInputs
+        self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), angles, cache, inputs)
+        attended, cache = self.attention(self.attention_norm(x), cache, angles, inputs)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -75,12 +76,8 @@ class Llama(nnx.Module):
         caches: Sequence[LayerCache],
         inputs: AttentionInputs,
     ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
-        x = self.embedding(token_ids)
         angles = rotation(self.rope, positions)
-        written = []
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer(x, angles, cache, inputs)
-            written.append(cache)
+        x, written = apply_layers(self.layers, self.embedding(token_ids), caches, angles, inputs)
         return self.norm(x), written
 
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:

@@ -106,7 +106,7 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def empty_batch(bucket: Bucket, block_size: int) -> HostBatch:
+def empty_batch(bucket: Bucket, *, block_size: int, blocks_per_seq: int) -> HostBatch:
     """A batch of padding alone: its shapes are those of every batch of the bucket."""
     nothing = np.zeros(0, np.int32)
     tokens, rows = (np.zeros(size, np.int32) for size in (bucket.num_tokens, bucket.num_rows))
@@ -120,7 +120,7 @@ def empty_batch(bucket: Bucket, block_size: int) -> HostBatch:
         metadata=build_metadata(
             nothing,
             nothing,
-            np.zeros((0, 1), np.int32),
+            np.zeros((0, blocks_per_seq), np.int32),
             block_size=block_size,
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,

@@ -19,10 +19,14 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """The token buckets in ascending order, each with its row bucket min(tokens, max_num_seqs)."""
+    """The token buckets and the row buckets, both ascending.
+
+    A step's rows are padded to the row bucket that holds min(token bucket, max_num_seqs). Row buckets are fewer: the
+    head and the sampler are compiled for each in every variant, and cost little for rows that are padding.
+    """
 
     token_sizes: tuple[int, ...]
-    max_num_seqs: int
+    row_sizes: tuple[int, ...]
 
     @classmethod
     def plan(
@@ -33,30 +37,28 @@ class Buckets:
         min_tokens: int = 1,
         token_sizes: Sequence[int] | None = None,
     ) -> Buckets:
-        """Powers of two from `min_tokens` up to the token budget, or the sizes a user gave.
+        """Powers of two from `min_tokens` up to the token budget (or the sizes a user gave), and rows in steps of four.
 
-        >>> Buckets.plan(max_num_batched_tokens=100, max_num_seqs=8, min_tokens=2).token_sizes
-        (2, 4, 8, 16, 32, 64, 100)
+        >>> Buckets.plan(max_num_batched_tokens=100, max_num_seqs=48, min_tokens=2)
+        Buckets(token_sizes=(2, 4, 8, 16, 32, 64, 100), row_sizes=(2, 16, 48))
         """
         if token_sizes is None:
-            sizes = []
-            size = min_tokens
-            while size < max_num_batched_tokens:
-                sizes.append(size)
-                size *= 2
-            return cls((*sizes, max_num_batched_tokens), max_num_seqs)
-        sizes = sorted(set(token_sizes))
-        if sizes[-1] != max_num_batched_tokens or sizes[0] < min_tokens:
-            raise ConfigError(
-                f"token_buckets must reach from at least {min_tokens} to max_num_batched_tokens "
-                f"({max_num_batched_tokens}), got {list(token_sizes)}"
-            )
-        return cls(tuple(sizes), max_num_seqs)
+            sizes = _ladder(min_tokens, max_num_batched_tokens, 2)
+        else:
+            sizes = tuple(sorted(set(token_sizes)))
+            if sizes[-1] != max_num_batched_tokens or sizes[0] < min_tokens:
+                raise ConfigError(
+                    f"token_buckets must reach from at least {min_tokens} to max_num_batched_tokens "
+                    f"({max_num_batched_tokens}), got {list(token_sizes)}"
+                )
+        largest = min(max_num_seqs, sizes[-1])
+        rows = (min(sizes[0], largest), *(size for size in _ladder(16, largest, 4) if size > sizes[0]))
+        return cls(sizes, tuple(sorted(set(rows))))
 
     def pick(self, num_tokens: int) -> Bucket:
         """The smallest bucket that holds the step.
 
-        >>> Buckets((2, 4, 8), max_num_seqs=4).pick(5)
+        >>> Buckets((2, 4, 8), (2, 4)).pick(5)
         Bucket(num_tokens=8, num_rows=4)
         """
         index = bisect_left(self.token_sizes, num_tokens)
@@ -68,9 +70,15 @@ class Buckets:
         """Every bucket, largest first (it takes longest to compile and shows the peak of memory)."""
         return [self._bucket(size) for size in reversed(self.token_sizes)]
 
-    def row_sizes(self) -> list[int]:
-        """The distinct numbers of rows, largest first."""
-        return sorted({bucket.num_rows for bucket in self.all()}, reverse=True)
-
     def _bucket(self, num_tokens: int) -> Bucket:
-        return Bucket(num_tokens, min(num_tokens, self.max_num_seqs))
+        index = bisect_left(self.row_sizes, num_tokens)
+        return Bucket(num_tokens, self.row_sizes[min(index, len(self.row_sizes) - 1)])
+
+
+def _ladder(first: int, last: int, factor: int) -> tuple[int, ...]:
+    """first, first * factor, ... below `last`, then `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= factor
+    return (*sizes, last)

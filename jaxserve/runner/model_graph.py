@@ -34,9 +34,7 @@ class ModelGraph:
 
     def bind(self, params: Mapping[str, jax.Array]) -> CausalLM:
         """The model with these parameters; one that is left out stays abstract, and must not be used."""
-        flat = [
-            (path, params.get(name, variable.get_value())) for name, (path, variable) in self._variables.items()
-        ]
+        flat = [(path, params.get(name, variable.get_value())) for name, (path, variable) in self._variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
     def abstract_params(self) -> dict[str, jax.ShapeDtypeStruct]:

@@ -59,9 +59,13 @@ class ModelRunner:
         self._tokens = jax.device_put(np.zeros(shapes.tokens_shape, np.int32), replicated(graph.mesh))
         self._slots = SlotTable(
             max_num_seqs=shapes.max_num_seqs,
-            max_blocks_per_seq=-(-shapes.max_model_len // shapes.kv_spec.block_size),
+            max_blocks_per_seq=shapes.blocks_per_seq,
         )
-        self._parameters = SlotParameters(max_num_seqs=shapes.max_num_seqs, vocab_size=graph.config.vocab_size)
+        self._parameters = SlotParameters(
+            max_num_seqs=shapes.max_num_seqs,
+            vocab_size=graph.config.vocab_size,
+            sharding=replicated(graph.mesh),
+        )
         self._builder = BatchBuilder(shapes.buckets, self._slots, block_size=shapes.kv_spec.block_size)
         self._max_model_len = shapes.max_model_len
 
@@ -80,7 +84,12 @@ class ModelRunner:
         slots = np.zeros(batch.bucket.num_rows, np.int32)
         slots[: batch.num_rows] = batch.row_slots
         self._tokens, sampled = self._programs.sample(
-            self._head, rows, self._tokens, SampleBatch(slots, batch.sample_slots, batch.write_positions), inputs, variant
+            self._head,
+            rows,
+            self._tokens,
+            SampleBatch(slots, batch.sample_slots, batch.write_positions),
+            inputs,
+            variant,
         )
         return _DeviceStep(plan, batch, sampled, prompt_scores, self._asked_logprobs(batch))
 

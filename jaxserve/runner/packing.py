@@ -37,7 +37,6 @@ class Packing:
         """The tree again, as slices of the buffer; inside a jitted function they cost nothing."""
         starts = [0, *self._ends[:-1]]
         leaves = [
-            buffer[start:end].reshape(shape)
-            for start, end, shape in zip(starts, self._ends, self._shapes, strict=True)
+            buffer[start:end].reshape(shape) for start, end, shape in zip(starts, self._ends, self._shapes, strict=True)
         ]
         return jax.tree.unflatten(self._tree, leaves)

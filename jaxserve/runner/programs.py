@@ -14,7 +14,7 @@ from jax.stages import Compiled, Lowered
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.parallel.mesh import replicated
-from jaxserve.runner.batch import empty_batch
+from jaxserve.runner.batch import HostBatch, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.compilation import OnCompiled, compile_all
 from jaxserve.runner.model_graph import ModelGraph, Params
@@ -43,6 +43,11 @@ class ProgramShapes:
     max_model_len: int
 
     @property
+    def blocks_per_seq(self) -> int:
+        """Width of a block table."""
+        return -(-self.max_model_len // self.kv_spec.block_size)
+
+    @property
     def tokens_shape(self) -> tuple[int, int]:
         """Of the device's token table, i32[slots, positions]; slot 0 is padding."""
         return (self.max_num_seqs + 1, self.max_model_len)
@@ -56,12 +61,11 @@ class Programs:
         self._shapes = shapes
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._forward_packings = {
-            bucket: Packing(ForwardBatch.from_host(empty_batch(bucket, shapes.kv_spec.block_size)))
-            for bucket in shapes.buckets.all()
+            bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
         }
         self._sample_packings = {
             rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(3))))
-            for rows in shapes.buckets.row_sizes()
+            for rows in shapes.buckets.row_sizes
         }
 
     # Calls -----------------------------------------------------------------------------------------------------------
@@ -74,7 +78,13 @@ class Programs:
         return self._compiled["forward", bucket](params, caches, tokens, packed)
 
     def sample(
-        self, head: Params, hidden: jax.Array, tokens: jax.Array, batch: SampleBatch, inputs: SamplingInputs, variant: Variant
+        self,
+        head: Params,
+        hidden: jax.Array,
+        tokens: jax.Array,
+        batch: SampleBatch,
+        inputs: SamplingInputs,
+        variant: Variant,
     ) -> tuple[jax.Array, SampledTokens]:
         """See `step.sample_rows`; `tokens` is donated."""
         rows = hidden.shape[0]
@@ -98,7 +108,7 @@ class Programs:
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
-        for rows in self._shapes.buckets.row_sizes():
+        for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
                 jobs["sample", rows, variant] = partial(self._lower_sample, rows, variant)
         for num_tokens in self._shapes.buckets.token_sizes:
@@ -111,7 +121,7 @@ class Programs:
         bucket = self._shapes.buckets.all()[0]
         self._compiled["forward", bucket] = self.lower_forward(bucket).compile()
         self._compiled["sample", bucket.num_rows, "full"] = self._lower_sample(bucket.num_rows, "full").compile()
-        batch = empty_batch(bucket, self._shapes.kv_spec.block_size)
+        batch = self._padding(bucket)
         tokens = jax.device_put(np.zeros(self._shapes.tokens_shape, np.int32), replicated(self._graph.mesh))
         _, rows, caches = self.forward(params, caches, tokens, bucket, ForwardBatch.from_host(batch))
         padding = np.zeros(bucket.num_rows, np.int32)
@@ -162,6 +172,10 @@ class Programs:
     def _lower_write_slot(self) -> Lowered:
         jitted = jax.jit(write_slot, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
         return jitted.lower(self._tokens(), self._abstract(), self._abstract(self._shapes.tokens_shape[1]))
+
+    def _padding(self, bucket: Bucket) -> HostBatch:
+        blocks = self._shapes.blocks_per_seq
+        return empty_batch(bucket, block_size=self._shapes.kv_spec.block_size, blocks_per_seq=blocks)
 
     # Abstract arguments ----------------------------------------------------------------------------------------------
 

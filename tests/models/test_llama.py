@@ -80,10 +80,16 @@ def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
         block_ids=list(range(num_blocks, 0, -1)),
     )
     plan = StepPlan(
-        step_id=0, new_slots=[new], request_ids=["r"], slots=[1], starts=[0], num_tokens=[len(token_ids)], samples=[True]
+        step_id=0,
+        new_slots=[new],
+        request_ids=["r"],
+        slots=[1],
+        starts=[0],
+        num_tokens=[len(token_ids)],
+        samples=[True],
     )
     slots.apply(plan)
-    batch = BatchBuilder(Buckets((128,), 2), slots, block_size=BLOCK_SIZE).build(plan)
+    batch = BatchBuilder(Buckets((128,), (2,)), slots, block_size=BLOCK_SIZE).build(plan)
     tokens = jnp.zeros((3, 128), jnp.int32).at[1, : len(token_ids)].set(jnp.asarray(token_ids))
     caches = spec.allocate(num_blocks + 1, graph.mesh)
 
