@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer.chat_template import ChatTemplate
 from jaxserve.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[int]
 Messages = list[dict[str, Any]]
@@ -160,7 +163,7 @@ class LLM:
 def _start_core(config: Config) -> Core:
     from jaxserve.engine.core import EngineCore
 
-    return EngineCore(config)
+    return EngineCore(config, on_progress=lambda text: logger.info("engine: %s", text))
 
 
 def _default_params(default_sampling: dict[str, float | int]) -> SamplingParams:

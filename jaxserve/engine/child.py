@@ -32,10 +32,16 @@ class EngineChild:
     The socket lies in a folder of its own that nobody else may enter; it is removed as soon as the child has connected.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], context: zmq.asyncio.Context, socket_dir: Path) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        context: zmq.asyncio.Context,
+        socket: zmq.asyncio.Socket,
+        socket_dir: Path,
+    ) -> None:
         self._process = process
         self._context = context
-        self._socket = _bind(context, socket_dir)
+        self._socket = socket
         self._socket_dir = socket_dir
         self._receiving: asyncio.Future[bytes] | None = None
         self._has_fallen_silent = False
@@ -46,21 +52,24 @@ class EngineChild:
     def launch(cls, config: Config, *, core: str) -> EngineChild:
         """Start the process; its messages tell how that goes."""
         socket_dir = _make_socket_dir()
-        # The child imports from where its parent does; without -P it would look into the working directory first.
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-        environment.pop(API_KEY_VARIABLE, None)  # keys are the API's business alone
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "jaxserve.engine.process"], stdin=subprocess.PIPE, env=environment
+        context = zmq.asyncio.Context()
+        try:
+            socket = _bind(context, socket_dir)
+            process = _spawn()
+        except BaseException:
+            context.destroy(linger=0)
+            shutil.rmtree(socket_dir)
+            raise
+        child = cls(process, context, socket, socket_dir)
+        child._write_order(
+            LaunchOrder(
+                endpoint=_endpoint(socket_dir),
+                config_json=config.model_dump_json(exclude={"server": {"api_key"}}),
+                core=core,
+                parent_pid=os.getpid(),
+                log_level=config.server.log_level.upper(),
+            )
         )
-        child = cls(process, zmq.asyncio.Context(), socket_dir)
-        order = LaunchOrder(
-            endpoint=_endpoint(socket_dir),
-            config_json=config.model_dump_json(exclude={"server": {"api_key"}}),
-            core=core,
-            parent_pid=os.getpid(),
-            log_level=config.server.log_level.upper(),
-        )
-        child._write_order(order)
         return child
 
     @property
@@ -73,8 +82,10 @@ class EngineChild:
         code = self._process.returncode
         if code is None:
             return "still runs"
+        if code == -signal.SIGKILL:
+            return "was killed by SIGKILL, by hand or for lack of memory,"
         if code < 0:
-            return f"was killed by {signal.Signals(-code).name}"
+            return f"was killed by signal {-code} ({signal.strsignal(-code)})"
         return f"ended with exit code {code}"
 
     def send(self, message: wire.ToEngine) -> None:
@@ -83,7 +94,7 @@ class EngineChild:
 
     async def receive(self) -> wire.FromEngine | None:
         """The next message; None when the process has ended and all it said was heard."""
-        if self._has_fallen_silent:
+        if self._has_fallen_silent and not await self._socket.poll(0):
             return None
         self._receiving = asyncio.ensure_future(self._socket.recv())
         try:
@@ -141,6 +152,14 @@ class EngineChild:
     def _remove_socket_dir(self) -> None:
         if self._socket_dir.exists():
             shutil.rmtree(self._socket_dir)
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    # The child imports from where its parent does; without -P it would look into the working directory first.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
+    environment.pop(API_KEY_VARIABLE, None)  # keys are the API's business alone
+    command = [sys.executable, "-P", "-m", "jaxserve.engine.process"]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
 
 def _make_socket_dir() -> Path:

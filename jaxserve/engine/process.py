@@ -31,7 +31,7 @@ from jaxserve.errors import JaxserveError, RequestError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("jaxserve.engine.process")  # __name__ is "__main__" here
 
 DEFAULT_CORE = "jaxserve.engine.core:EngineCore"
 IDLE_POLL_MS = 200  # how long an idle engine sleeps before it looks for signals and for its parent
@@ -154,7 +154,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _exit_on_signal)
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchOrder)
-    logging.basicConfig(level=order.log_level, format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
+    logging.getLogger("jaxserve").setLevel(order.log_level)
     _die_with_parent(order.parent_pid)
     _watch_parent(order.parent_pid)
     context = zmq.Context()

@@ -3,6 +3,7 @@
 import asyncio
 import time
 
+import psutil
 import pytest
 
 from jaxserve.engine.client import EngineState
@@ -209,7 +210,7 @@ async def test_a_started_client_knows_its_model(fake_client):
     [
         ("checkpoint_error", CheckpointError, "^the fake checkpoint is broken$"),
         ("bug", JaxserveError, "KeyError: 'a bug in the core'"),
-        ("kill", JaxserveError, "killed by SIGKILL while it started"),
+        ("kill", JaxserveError, "killed by SIGKILL, .* while it started"),
     ],
 )
 async def test_a_failed_start_is_raised_as_what_it_was(fake_client, start, error_type, words):
@@ -218,6 +219,12 @@ async def test_a_failed_start_is_raised_as_what_it_was(fake_client, start, error
             pass
 
     assert type(raised.value) is error_type
+
+
+async def test_api_keys_stay_out_of_the_engine_process(fake_client, monkeypatch):
+    monkeypatch.setenv("JAXSERVE_API_KEY", "secret")
+    async with fake_client(api_key="secret") as client:  # the fake core looks for keys in its config
+        assert "secret" not in {*psutil.Process(client.engine_pid).environ().values()}
 
 
 async def test_progress_of_the_start_is_passed_on(make_config):

@@ -85,6 +85,20 @@ async def test_an_answer_that_was_complete_before_the_death_is_still_read(fake_c
     assert last.outputs[0].finish_reason is FinishReason.LENGTH
 
 
+async def test_what_the_engine_said_before_it_died_is_heard_by_a_busy_parent(fake_client):
+    async with fake_client({"step_s": 0.002}) as client:
+        iterator = client.generate("abc", SamplingParams(max_tokens=50), request_id="r")
+        await anext(iterator)
+        time.sleep(0.5)  # the event loop hears nothing meanwhile; the engine answers and dies
+        os.kill(client.engine_pid, signal.SIGKILL)
+        await asyncio.sleep(0)
+        time.sleep(0.2)
+
+        *_, last = await collect(iterator)
+
+    assert last.outputs[0].finish_reason is FinishReason.LENGTH
+
+
 async def test_an_engine_that_dies_too_often_stays_dead(fake_client):
     async with fake_client(max_num_engine_restarts=2) as client:
         for _ in range(3):
