@@ -1,0 +1,195 @@
+"""Draws one token a row under temperature, min_p, top_k and top_p; a row's choice depends on that row alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from jaxserve.sampling.inputs import SamplingInputs
+from jaxserve.sampling.vocabulary import BLOCK_TOKENS, Vocabulary, first_true
+
+MAX_CANDIDATES = 64  # the largest top_k that is served from the best few tokens alone
+ONE_BELOW = 1 - 2**-24  # the largest float32 under 1
+
+
+def draw(vocabulary: Vocabulary, inputs: SamplingInputs) -> Int[Array, " rows"]:
+    """A token a row; greedy rows get the argmax.
+
+    A row with top_k up to `MAX_CANDIDATES` is drawn from its best few. Any other row is drawn from the whole
+    vocabulary, block first, and top_p holds by rejection: a token with too much mass before it is refused, and so is
+    all behind it. Work that no row needs is not done, but its being done changes nothing in another row.
+    """
+    greedy = vocabulary.argmax()
+    draws = (inputs.temperature > 0) & vocabulary.is_finite
+    few = draws & (inputs.top_k > 0) & (inputs.top_k <= MAX_CANDIDATES)
+    keys = _keys(inputs)
+    from_few = lax.cond(few.any(), lambda: _draw_from_few(vocabulary, inputs, keys), lambda: greedy)
+    rest = draws & ~few
+    from_all = lax.cond(rest.any(), lambda: _draw_from_all(vocabulary, inputs, keys, rest, greedy), lambda: greedy)
+    return jnp.where(few, from_few, jnp.where(rest, from_all, greedy))
+
+
+def _keys(inputs: SamplingInputs) -> jax.Array:
+    """key[rows]: a function of the 64-bit seed and the output position, of nothing else."""
+    seeds = lax.bitcast_convert_type(inputs.seed, jnp.uint32)
+    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in)(keys, lax.bitcast_convert_type(inputs.position, jnp.uint32))
+
+
+def _uniforms(keys: jax.Array, attempt: Int[Array, ""] | int) -> Float[Array, "rows 2"]:
+    """Two numbers in [0, 1) a row; near 0 they are 2**-32 apart, near 1 as close as float32 can say."""
+
+    def words(key: jax.Array) -> UInt32[Array, " 2"]:
+        return jax.random.bits(jax.random.fold_in(key, attempt), (2,), jnp.uint32)
+
+    return jnp.minimum(jax.vmap(words)(keys).astype(jnp.float32) * 2**-32, ONE_BELOW)
+
+
+def _pick(weights: Float[Array, "rows n"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """An index with probability weights / sum(weights), never one of weight 0 unless all are."""
+    sums = jnp.cumsum(weights, axis=-1)
+    # The parallel sum may round so that it steps where a weight is 0, or stays short of its end: look at both.
+    holds = (sums > uniform[:, None] * sums[:, -1:]) & (weights > 0)
+    last = weights.shape[-1] - 1 - first_true(weights[:, ::-1] > 0)
+    return jnp.where(holds.any(axis=-1), first_true(holds), last)
+
+
+def _logit_floor(vocabulary: Vocabulary, inputs: SamplingInputs) -> Float[Array, " rows"]:
+    """min_p as a logit: exp((logit - max) / temperature) >= min_p; -inf where min_p is 0."""
+    return vocabulary.max + inputs.temperature * jnp.log(inputs.min_p)
+
+
+def _inverse_temperature(inputs: SamplingInputs) -> Float[Array, " rows"]:
+    return 1 / jnp.where(inputs.temperature > 0, inputs.temperature, 1)
+
+
+def _draw_from_few(vocabulary: Vocabulary, inputs: SamplingInputs, keys: jax.Array) -> Int[Array, " rows"]:
+    """Rows with top_k <= MAX_CANDIDATES: everything is decided among the best tokens, best first."""
+    logits, token_ids = vocabulary.top(MAX_CANDIDATES)
+    ranks = jnp.arange(logits.shape[-1])
+    keep = (ranks < inputs.top_k[:, None]) & (logits >= _logit_floor(vocabulary, inputs)[:, None])
+    scaled = (logits - vocabulary.max[:, None]) * _inverse_temperature(inputs)[:, None]
+    weights = jnp.where(keep, jnp.exp(scaled), 0)
+    sums = jnp.cumsum(weights, axis=-1)
+    keep = (sums - weights < inputs.top_p[:, None] * sums[:, -1:]) | (ranks == 0)
+    # Least likely first: float32 tells small sums apart best, and uniforms are finest near 0.
+    ascending = jnp.where(keep, weights, 0)[:, ::-1]
+    picked = logits.shape[-1] - 1 - _pick(ascending, _uniforms(keys, 0)[:, 0])
+    return jnp.take_along_axis(token_ids, picked[:, None], axis=-1, mode="clip")[:, 0]
+
+
+def _draw_from_all(
+    vocabulary: Vocabulary,
+    inputs: SamplingInputs,
+    keys: jax.Array,
+    draws: Bool[Array, " rows"],
+    greedy: Int[Array, " rows"],
+) -> Int[Array, " rows"]:
+    """Rows without a small top_k. A pass over the vocabulary, and for top_p < 1 about 1 / top_p more."""
+    ranked = draws & (inputs.top_k > MAX_CANDIDATES) & (inputs.top_k < vocabulary.size)
+    floor = _logit_floor(vocabulary, inputs)
+    kth = lax.cond(ranked.any(), lambda: _kth_largest(vocabulary, inputs.top_k), lambda: floor)
+    floor = jnp.where(ranked, jnp.maximum(floor, kth), floor)
+    tokens = _Remaining(vocabulary, floor, _inverse_temperature(inputs))
+
+    def unfinished(state: _State) -> Bool[Array, ""]:
+        return ~state[1].all()
+
+    def draw_again(state: _State) -> _State:
+        attempt, accepted, wanted, token_id, logit = state
+        sums = tokens.block_sums(_Pivot(token_id, logit))
+        mass = sums.sum(axis=-1)  # before the last draw; in the first round, of all tokens
+        is_first = attempt == 0
+        accepted |= ~is_first & ((mass < wanted) | (mass == 0))
+        wanted = jnp.where(is_first, inputs.top_p * mass, wanted)
+        drawn = tokens.draw(sums, _Pivot(token_id, logit), _uniforms(keys, attempt))
+        alone = wanted <= 1  # the best token weighs exp(0): it is all that top_p keeps
+        token_id = jnp.where(accepted, token_id, jnp.where(alone, greedy, drawn.token_id))
+        logit = jnp.where(accepted, logit, drawn.logit)
+        return attempt + 1, accepted | alone | (inputs.top_p >= 1), wanted, token_id, logit
+
+    # Every round leaves a row fewer tokens, and the best has no mass before it, so the loop ends.
+    last = _Pivot.behind_all(vocabulary)
+    state = (jnp.int32(0), ~draws, jnp.zeros_like(last.logit), last.token_id, last.logit)
+    return lax.while_loop(unfinished, draw_again, state)[3]
+
+
+_State = tuple[Array, Array, Array, Array, Array]  # attempt, and a row: accepted, mass wanted, drawn token, its logit
+
+
+@dataclass(frozen=True, slots=True)
+class _Pivot:
+    """A token a row; "before" it are those with a larger logit, or an equal one and a lower id."""
+
+    token_id: Int[Array, " rows"]
+    logit: Float[Array, " rows"]
+
+    @classmethod
+    def behind_all(cls, vocabulary: Vocabulary) -> _Pivot:
+        """The place behind all tokens."""
+        rows = vocabulary.max.shape[0]
+        return cls(jnp.full(rows, vocabulary.size, jnp.int32), jnp.full(rows, -jnp.inf, jnp.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class _Remaining:
+    """The tokens whose logit reaches the row's floor, each of weight exp((logit - max) / temperature)."""
+
+    vocabulary: Vocabulary
+    floor: Float[Array, " rows"]
+    inverse_temperature: Float[Array, " rows"]
+
+    def weights(
+        self, logits: Float[Array, "rows n block"], token_ids: Int[Array, "_ n block"], before: _Pivot
+    ) -> Float[Array, "rows n block"]:
+        """Weights of the tokens before the pivot, 0 of all others."""
+        floor, largest, scale = (a[:, None, None] for a in (self.floor, self.vocabulary.max, self.inverse_temperature))
+        pivot_id, pivot = before.token_id[:, None, None], before.logit[:, None, None]
+        keep = (logits >= floor) & ((logits > pivot) | ((logits == pivot) & (token_ids < pivot_id)))
+        return jnp.where(keep, jnp.exp((logits - largest) * scale), 0)
+
+    def block_sums(self, before: _Pivot) -> Float[Array, "rows blocks"]:
+        """The weight of each block."""
+        return self.weights(self.vocabulary.blocks, self.vocabulary.token_ids, before).sum(axis=-1)
+
+    def draw(self, sums: Float[Array, "rows blocks"], before: _Pivot, uniforms: Float[Array, "rows 2"]) -> _Pivot:
+        """A block by its weight, then a token of it by its own."""
+        block = _pick(sums, uniforms[:, 0])
+        logits = self.vocabulary.block(block)
+        token_ids = block[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
+        weights = self.weights(logits[:, None], token_ids[:, None], before)[:, 0]
+        within = _pick(weights, uniforms[:, 1])
+        logit = jnp.take_along_axis(logits, within[:, None], axis=-1, mode="clip")[:, 0]
+        return _Pivot(block * BLOCK_TOKENS + within, logit)
+
+
+def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"]) -> Float[Array, " rows"]:
+    """Each row's k-th largest logit, found bit by bit in 32 passes; tokens that tie with it are all kept."""
+    ordered = _to_ordered(vocabulary.blocks)
+
+    def set_bit(index: Int[Array, ""], found: UInt32[Array, " rows"]) -> UInt32[Array, " rows"]:
+        guess = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
+        count = (ordered >= guess[:, None, None]).sum(axis=(-1, -2))
+        return jnp.where(count >= k, guess, found)
+
+    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(k.shape, jnp.uint32))
+    return _from_ordered(found)
+
+
+_SIGN = np.uint32(1 << 31)
+
+
+def _to_ordered(values: Float[Array, ...]) -> UInt32[Array, ...]:
+    """Integers in the order of the floats: 0 <= -inf < negative < positive < +inf."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
+
+
+def _from_ordered(ordered: UInt32[Array, " rows"]) -> Float[Array, " rows"]:
+    bits = jnp.where(ordered >= _SIGN, ordered ^ _SIGN, ~ordered)
+    return lax.bitcast_convert_type(bits, jnp.float32)

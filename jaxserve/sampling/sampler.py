@@ -1,0 +1,68 @@
+"""Logits to tokens, on the device: pure functions that the runner's step calls under jit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxserve.sampling.draw import draw
+from jaxserve.sampling.inputs import SamplingInputs, Variant
+from jaxserve.sampling.logit_rules import apply_rules
+from jaxserve.sampling.logprobs import score
+from jaxserve.sampling.vocabulary import Vocabulary
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["token_ids", "ok", "logprobs", "ranks", "top_token_ids", "top_logprobs"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class SampledTokens:
+    """A step's tokens. All but the first two are None unless the variant is "full"."""
+
+    token_ids: jax.Array  # i32[rows], 0 where not ok
+    ok: jax.Array  # bool[rows], False where the logits are not finite or no token is left to choose
+    logprobs: jax.Array | None = None  # f32[rows], of the token, from the raw logits
+    ranks: jax.Array | None = None  # i32[rows], 1 is the most likely token
+    top_token_ids: jax.Array | None = None  # i32[rows, MAX_LOGPROBS], most likely first
+    top_logprobs: jax.Array | None = None  # f32[rows, MAX_LOGPROBS]
+
+
+def sample(
+    logits: Float[Array, "rows vocab"],
+    inputs: SamplingInputs,
+    variant: Variant,
+    *,
+    history: Int[Array, "rows positions"] | None = None,
+) -> SampledTokens:
+    """Choose one token a row. `history` (prompt and output, below `inputs.num_tokens`) is for "full" alone.
+
+    Order: logprobs of the raw logits; allowed tokens, bias, bad words, min_tokens, penalties; then the argmax for
+    rows of temperature 0, and temperature, min_p, top_k, top_p for the others.
+    """
+    logits = logits.astype(jnp.float32)
+    raw = Vocabulary.of(logits)
+    if variant != "full":
+        token_ids = raw.argmax() if variant == "greedy" else draw(raw, inputs)
+        return SampledTokens(jnp.where(raw.is_finite, token_ids, 0), raw.is_finite)
+    if inputs.rules is None or history is None:
+        raise ValueError('the variant "full" needs inputs.rules and history')
+    ruled = Vocabulary.of(apply_rules(logits, inputs, inputs.rules, history))
+    ok = raw.is_finite & ruled.is_finite
+    return _scored(raw, jnp.where(ok, draw(ruled, inputs), 0), ok)
+
+
+def prompt_logprobs(logits: Float[Array, "rows vocab"], target_ids: Int[Array, " rows"]) -> SampledTokens:
+    """The scores of known next tokens: the same fields as a sampled token's."""
+    vocabulary = Vocabulary.of(logits.astype(jnp.float32))
+    return _scored(vocabulary, target_ids, vocabulary.is_finite)
+
+
+def _scored(vocabulary: Vocabulary, token_ids: Int[Array, " rows"], ok: Array) -> SampledTokens:
+    scores = score(vocabulary, token_ids)
+    return SampledTokens(token_ids, ok, scores.logprobs, scores.ranks, scores.top_token_ids, scores.top_logprobs)

@@ -1,0 +1,65 @@
+"""Runs the sampler on a batch the way the runner does: parameters into slots, gathered, padded, under jit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import numpy as np
+
+from jaxserve.sampling.inputs import VARIANTS, LogitRules, SlotParameters, Variant
+from jaxserve.sampling.sampler import SampledTokens, sample
+from jaxserve.sampling_params import SamplingParams
+
+EOS = 2
+MAX_LEN = 40
+
+
+@cache
+def compiled(variant: Variant):
+    return jax.jit(partial(sample, variant=variant))
+
+
+def run(
+    logits: np.ndarray,
+    params: Sequence[SamplingParams],
+    *,
+    prompts: Sequence[Sequence[int]] | None = None,
+    outputs: Sequence[Sequence[int]] | None = None,
+    variant: Variant | None = None,
+    num_rows: int | None = None,
+    place: jax.sharding.Sharding | None = None,
+) -> SampledTokens:
+    """One token a row of `logits`; padding rows are cut off again. NumPy leaves."""
+    rows, vocab_size = logits.shape
+    prompts = [[1]] * rows if prompts is None else prompts
+    outputs = [[]] * rows if outputs is None else outputs
+    slots = SlotParameters(rows, vocab_size)
+    padded = rows if num_rows is None else num_rows
+    history = np.full((padded, MAX_LEN), 3, np.int32)  # what lies behind the end must not matter
+    for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
+        stop_token_ids = [EOS, *(params[row].stop_token_ids or ())]
+        slots.set(row + 1, params[row], stop_token_ids=stop_token_ids, num_prompt_tokens=len(prompt))
+        history[row, : len(prompt) + len(output)] = [*prompt, *output]
+    num_tokens = np.array([len(p) + len(o) for p, o in zip(prompts, outputs, strict=True)], np.int32)
+    found, inputs = slots.gather(np.arange(1, rows + 1), num_tokens, num_rows=padded)
+    variant = found if variant is None else variant
+    assert VARIANTS.index(variant) >= VARIANTS.index(found)
+    if variant == "full" and inputs.rules is None:
+        inputs = replace(inputs, rules=LogitRules.empty(padded, vocab_size))
+    padding = np.zeros((padded - rows, vocab_size), np.float32)
+    placed = jax.device_put(np.concatenate([logits.astype(np.float32), padding]), place)
+    result = compiled(variant)(placed, inputs, history=history if variant == "full" else None)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:rows], result)
+
+
+def draws(logits: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
+    """`count` tokens drawn from one row of logits with as many seeds."""
+    batch = np.broadcast_to(logits, (count, len(logits)))
+    return run(batch, [replace(params, seed=seed) for seed in range(count)]).token_ids
+
+
+def random_logits(rows: int, vocab_size: int, *, scale: float = 3.0, seed: int = 0) -> np.ndarray:
+    return (np.random.default_rng(seed).normal(size=(rows, vocab_size)) * scale).astype(np.float32)
