@@ -85,10 +85,9 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can run before the results in flight are known."""
         plan = StepPlan(step_id=self._num_steps + 1)
-        num_preemptions = self._num_preemptions
         rows: list[ScheduledRequest] = []
         budget = self._plan_running(plan, rows)
-        if num_preemptions == self._num_preemptions and self._waiting:
+        if self._waiting:
             self._plan_waiting(plan, rows, budget)
         if not rows:
             return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from zlib import crc32
 
 from jaxserve.outputs import FinishReason, TokenLogprobs
 from jaxserve.request import EngineRequest
@@ -28,17 +29,17 @@ def make_request(request_id: str, prompt: list[int], *, eos: list[int] | None = 
 
 def prefix_hashes(token_ids: list[int], request: EngineRequest) -> list[int]:
     """For each position a number that stands for the K and V there: of all tokens so far, adapter and salt."""
-    value = hash((request.adapter, request.cache_salt))
+    value = crc32(repr((request.adapter, request.cache_salt)).encode())
     hashes = []
     for token_id in token_ids:
-        value = hash((value, token_id))
+        value = ((value ^ token_id) * 0x9E3779B97F4A7C15 + 1) % 2**64
         hashes.append(value)
     return hashes
 
 
 def sampled(prefix_hash: int) -> int:
     """The token that follows a prefix."""
-    return prefix_hash % VOCAB_SIZE
+    return (prefix_hash >> 32) % VOCAB_SIZE
 
 
 def expected_output(request: EngineRequest, token_limit: int) -> tuple[list[int], FinishReason, int | None]:

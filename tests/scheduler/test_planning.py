@@ -138,11 +138,13 @@ def test_under_priority_the_least_important_is_preempted_though_it_is_the_oldest
     assert harness.deltas["urgent"][-1].num_preemptions == 0
 
 
-def test_nobody_is_admitted_in_a_step_that_preempted():
-    harness = Harness(num_blocks=9, block_size=2, max_num_seqs=4)
-    for request_id in "abcdef":
-        endless(harness, request_id, [1, 2, 3], max_tokens=8, cache_salt=request_id)
-    assert run_until_preempted(harness).new_slots == []
+def test_a_latecomer_of_high_priority_is_not_the_one_preempted():
+    harness = Harness(num_blocks=7, block_size=2, max_num_seqs=3, policy="priority")
+    endless(harness, "idle", [1, 2, 3], max_tokens=8, priority=7)
+    harness.step()
+    endless(harness, "urgent", [4, 5, 6], max_tokens=8, priority=0)
+    assert planned(harness.step()).keys() == {"idle", "urgent"}
+    assert run_until_preempted(harness).request_ids == ["urgent"]
 
 
 def test_a_preempted_request_waits_for_its_token_in_flight():

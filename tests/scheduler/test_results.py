@@ -17,11 +17,11 @@ def tokens_alone(harness: Harness, request_id: str) -> list[int]:
 def with_known_answer(**fields) -> tuple[Harness, list[int]]:
     """A harness with a request that has run to its length, and what it yielded."""
     harness = Harness()
-    harness.add("known", [1, 2, 3], max_tokens=6, ignore_eos=True)
+    harness.add("known", [5, 6, 7], max_tokens=6, ignore_eos=True)
     harness.run()
     answer = harness.output("known")
     assert len(set(answer)) == 6, "the test needs an answer without repeats"
-    harness.add("a", [1, 2, 3], max_tokens=6, **{name: value(answer) for name, value in fields.items()})
+    harness.add("a", [5, 6, 7], max_tokens=6, **{name: value(answer) for name, value in fields.items()})
     harness.run()
     return harness, answer
 

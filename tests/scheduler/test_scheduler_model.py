@@ -105,4 +105,4 @@ class SchedulerModel(RuleBasedStateMachine):
 
 
 TestSchedulerModel = SchedulerModel.TestCase
-TestSchedulerModel.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
+TestSchedulerModel.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
