@@ -35,20 +35,24 @@ _MAX_QUOTED_CHARS = 40
 
 async def read_body(request: Request, model: type[Model]) -> Model:
     """Read and check the body; raises `RequestError`s only."""
+    return check_fields(await read_fields(request), model)
+
+
+async def read_fields(request: Request) -> dict[str, Any]:
+    """Read the body as a JSON object. A field that is null counts as not given."""
     content_type = request.headers.get("content-type", "")
     media_type = content_type.split(";", 1)[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise ContentTypeError(content_type)
-    return parse_body(await request.body(), model)
+    fields = _parse_object(await request.body())
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def parse_body(data: bytes, model: type[Model]) -> Model:
-    """Check JSON bytes against a schema. A field that is null counts as not given."""
-    fields = _parse_object(data)
-    given = {name: value for name, value in fields.items() if value is not None}
-    model.check_unsupported(given)
+def check_fields(fields: dict[str, Any], model: type[Model]) -> Model:
+    """Check a JSON object against a schema."""
+    model.check_unsupported(fields)
     try:
-        return model.model_validate(given)
+        return model.model_validate(fields)
     except ValidationError as error:
         raise _first_error(error, model) from None
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import uvicorn
 from starlette.applications import Starlette
 
+from api.protocol import Protocol
 from api.state import ServerState
 from jaxserve.config import ServerSettings
 
@@ -44,8 +45,8 @@ async def serve(
     """Serve until a signal came and running requests ended. Call it in the main thread, for signals to arrive.
 
     `on_started` gets the port once requests are taken. `on_drain` runs when the shutdown begins, beside the requests
-    that finish, and is cancelled with the last of them; it may tell the engine to refuse new work. `sockets` are
-    listened on instead of the config's host and port.
+    that finish; it may tell the engine to refuse new work. It is cancelled when it takes much longer than they do.
+    `sockets` are listened on instead of the config's host and port.
     """
     server = Server(app, config, on_started=on_started, on_drain=on_drain)
     await server.serve(sockets)
@@ -120,8 +121,9 @@ class Server(uvicorn.Server):
         """Close the door, and cut off what a forced end left running."""
         await super().shutdown(sockets)
         tasks = list(self.server_state.tasks)
-        for task in tasks:
-            task.cancel()
+        if self.force_exit:  # otherwise uvicorn has cancelled them
+            for task in tasks:
+                task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
 
@@ -134,6 +136,7 @@ class Server(uvicorn.Server):
                 hook = tasks.create_task(self._tell_drain())
                 if not await in_flight.wait_idle(self._timeout_s):
                     await self._abort_running()
+                await asyncio.wait((hook,), timeout=_ABORT_GRACE_S)
                 hook.cancel()
         finally:
             self.should_exit = True
@@ -159,7 +162,7 @@ def _uvicorn_config(app: Starlette, config: ServerSettings) -> uvicorn.Config:
         host=config.host,
         port=config.port,
         root_path=config.root_path,
-        http="httptools",
+        http=Protocol,
         ws="none",
         lifespan="off",
         log_config=None,  # logging is set up by whoever starts us

@@ -81,6 +81,7 @@ class FakeEngine:
     health: EngineHealth = field(default_factory=lambda: EngineHealth(state=EngineState.READY))
     max_model_len: int = 1024
     num_cached_tokens: int = 0
+    scores_prompt_late: bool = False  # prompt_logprobs come with the last output, not the first
     default_sampling: dict[str, float | int] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)  # iterators closed before their end, and `abort` calls
@@ -197,7 +198,7 @@ class _Run:
         return self._engine.tokenizer.encode(text, False)[: self._params.max_tokens]
 
     def _request_output(self, outputs: list[CompletionOutput], *, finished: bool) -> RequestOutput:
-        wants_prompt = self._params.prompt_logprobs is not None
+        wants_prompt = self._params.prompt_logprobs is not None and (finished or not self._engine.scores_prompt_late)
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -26,6 +28,8 @@ from api.to_engine import Job, chat_job, completion_job
 from jaxserve.outputs import RequestOutput
 
 _log = logging.getLogger(__name__)
+
+_LARGE_BODY_BYTES = 64 * 1024  # beyond it a chat template runs in a thread, for the sake of other clients' streams
 
 
 async def create_completion(request: Request) -> Response | ASGIApp:
@@ -50,7 +54,9 @@ async def create_chat_completion(request: Request) -> Response | ASGIApp:
     state.check_ready()
     body = await read_body(request, ChatRequest)
     state.check_model(body.model)
-    job = chat_job(body, state.engine, state.chat_template, request.state.request_id)
+    make_job = partial(chat_job, body, state.engine, state.chat_template, request.state.request_id)
+    is_large = len(await request.body()) > _LARGE_BODY_BYTES
+    job = await run_in_threadpool(make_job) if is_large else make_job()
     _log_start(state, request, body, job)
     reply = make_reply(state, job, as_token_ids=body.return_tokens_as_token_ids, with_token_ids=body.return_token_ids)
     if body.stream:
@@ -69,7 +75,7 @@ async def _events(state: ServerState, job: Job, chunks: Chunks) -> AsyncGenerato
     if state.config.enable_log_requests:
         usage = chunks.usage
         _log.info(
-            "%s streamed %d prompt tokens, %d tokens",
+            "%s streamed %d prompt tokens and %d tokens",
             job.reply_id,
             usage.num_prompt_tokens,
             usage.num_completion_tokens,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.body import read_body
+from api.body import check_fields, read_body, read_fields
 from api.errors import JSONReply
 from api.schemas.tokenize import DetokenizeRequest, TokenizeChatRequest, TokenizePromptRequest
 from api.state import ServerState, server_state
@@ -19,15 +19,14 @@ from api.to_engine import check_token_ids, render_conversation
 async def tokenize(request: Request) -> Response:
     """Answer POST /tokenize; a body with `messages` is a conversation, any other a prompt."""
     state = server_state(request)
-    if _has_messages(await request.body()):
-        body = await read_body(request, TokenizeChatRequest)
-        state.check_model(body.model)
-        text = render_conversation(body, state.chat_template)
-    else:
-        body = await read_body(request, TokenizePromptRequest)
-        state.check_model(body.model)
-        text = body.prompt
-    return JSONReply(await run_in_threadpool(_tokens, state, text, body.add_special_tokens, body.return_token_strs))
+    fields = await read_fields(request)
+    if "messages" in fields:
+        chat = check_fields(fields, TokenizeChatRequest)
+        state.check_model(chat.model)
+        return await _tokens_reply(state, chat, lambda: render_conversation(chat, state.chat_template))
+    plain = check_fields(fields, TokenizePromptRequest)
+    state.check_model(plain.model)
+    return await _tokens_reply(state, plain, lambda: plain.prompt)
 
 
 async def detokenize(request: Request) -> Response:
@@ -40,20 +39,19 @@ async def detokenize(request: Request) -> Response:
     return JSONReply({"prompt": text})
 
 
-def _has_messages(data: bytes) -> bool:
-    try:
-        fields = msgspec.json.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False  # read_body says what is wrong with it
-    return isinstance(fields, dict) and fields.get("messages") is not None
+async def _tokens_reply(
+    state: ServerState, body: TokenizePromptRequest | TokenizeChatRequest, make_text: Callable[[], str]
+) -> Response:
+    """Tokenise in a thread: a long text must not hold up the streams."""
+    return JSONReply(await run_in_threadpool(lambda: _tokens(state, body, make_text())))
 
 
-def _tokens(state: ServerState, text: str, add_special_tokens: bool, return_token_strs: bool) -> dict[str, Any]:
+def _tokens(state: ServerState, body: TokenizePromptRequest | TokenizeChatRequest, text: str) -> dict[str, Any]:
     tokenizer = state.engine.tokenizer
-    token_ids = tokenizer.encode(text, add_special_tokens)
+    token_ids = tokenizer.encode(text, body.add_special_tokens)
     return {
         "count": len(token_ids),
         "max_model_len": state.engine.model_info.max_model_len,
         "tokens": token_ids,
-        "token_strs": tokenizer.convert_ids_to_tokens(token_ids) if return_token_strs else None,
+        "token_strs": tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None,
     }

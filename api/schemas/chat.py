@@ -83,13 +83,6 @@ class Message(RequestModel):
     reasoning: str | None = None  # another name of it
     refusal: str | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: item for name, item in value.items() if item is not None}
-        return value
-
     @model_validator(mode="after")
     def _check_role(self) -> Message:
         if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):

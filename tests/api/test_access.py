@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import socket
+
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
 from api.app import create_app
+from api.protocol import Protocol
 from jaxserve.config import ServerSettings
+from tests.api.live_server import Running, running
 from tests.fakes import FakeEngine
 
 ROUTES = [
@@ -84,6 +90,35 @@ def test_a_body_of_just_the_limit_is_taken() -> None:
     body += b" " * (1024 - len(body))
     response = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert response.status_code == 200
+
+
+@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nX: " + b"a" * 200_000, b"\x16\x03\x01 what\r\n\r\n"])
+def test_a_head_without_end_or_sense_closes_the_connection(live: Running, data: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+        connection.sendall(data)
+        answer = connection.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"GET /health HTTP/1.1\r\nX: y", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /"]
+)
+def test_a_client_that_does_not_finish_its_head_is_cut_off(monkeypatch, data: bytes) -> None:
+    monkeypatch.setattr(Protocol, "head_timeout_s", 0.2)
+    with running(FakeEngine()) as live, socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+        connection.sendall(data)
+        answer = b""
+        while part := connection.recv(4096):
+            answer += part
+    assert answer.count(b"HTTP/1.1 200") == data.count(b"\r\n\r\n")
+
+
+def test_a_slow_answer_is_not_cut_off(monkeypatch) -> None:
+    monkeypatch.setattr(Protocol, "head_timeout_s", 0.2)
+    with running(FakeEngine(step_s=0.3)) as live:
+        body = {"prompt": "a", "max_tokens": 2}
+        assert httpx.post(f"{live.url}/v1/completions", json=body, trust_env=False).status_code == 200
 
 
 def test_browsers_of_an_allowed_origin_may_call() -> None:

@@ -114,6 +114,11 @@ def test_template_variables_cannot_replace_the_renderers_own(client: TestClient,
     assert name in error["message"]
 
 
+def test_a_long_conversation_is_rendered_like_a_short_one(client: TestClient, engine: FakeEngine) -> None:
+    chat(client, [{"role": "user", "content": "a" * 100_000}], truncate_prompt_tokens=100)
+    assert engine.calls[0].prompt.startswith("<|im_start|>user\na")
+
+
 def test_a_model_without_a_template_refuses_chats() -> None:
     client = TestClient(create_app(FakeEngine(tokenizer=small_tokenizer(chat_template=None)), ServerSettings()))
     assert "no chat template" in refused(client)["message"]

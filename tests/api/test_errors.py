@@ -86,6 +86,11 @@ WRONG_FIELDS = [
     ({"prompt": "a", "stream_options": {}}, "stream_options", "needs stream=true"),
     ({"prompt": "a", "stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "stream"),
     ({"prompt": "a", "stream": True, "stream_options": {"usage": True}}, "stream_options.usage", "unknown field"),
+    (
+        {"prompt": "a", "stream": True, "stream_options": {"include_obfuscation": True}},
+        "stream_options.include_obfuscation",
+        "is not supported",
+    ),
     ({"prompt": "a", "request_id": "two\nlines"}, "request_id", "request_id"),
     ({"prompt": "a", "cache_salt": ""}, "cache_salt", "cache_salt"),
     ({"prompt": "a", "suffix": "b"}, "suffix", "suffix is not supported"),

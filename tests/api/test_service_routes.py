@@ -115,3 +115,15 @@ def test_openapi_describes_every_route(client: TestClient) -> None:
     schema = body["components"]["schemas"]["ChatRequest"]
     assert "temperature" in schema["properties"]
     assert "messages" in schema["required"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_log_names_sizes_and_parameters_but_never_the_text(stream: bool, caplog) -> None:
+    client = TestClient(create_app(FakeEngine(), ServerSettings(enable_log_requests=True)))
+    body = {"messages": [{"role": "user", "content": "my secret"}], "stop": "secret too", "max_tokens": 3}
+    with caplog.at_level("INFO", logger="api"):
+        client.post("/v1/chat/completions", json=body | {"stream": stream, "request_id": "r1"})
+    assert "chatcmpl-r1 /v1/chat/completions: 1 prompts, {" in caplog.text
+    assert "'max_tokens': 3" in caplog.text
+    assert ("and 3 tokens" if stream else "with 3 tokens") in caplog.text
+    assert "secret" not in caplog.text

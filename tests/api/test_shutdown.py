@@ -117,6 +117,14 @@ def test_sigterm_drains_calls_the_hook_and_ends_well(start_server) -> None:
     assert answers[0].json()["choices"][0]["finish_reason"] == "stop"
 
 
+def test_the_drain_hook_runs_on_an_idle_server_too(start_server) -> None:
+    process, _ = start_server(0.0)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=15)
+    assert output.split() == ["draining", "ended"]
+    assert not errors
+
+
 def test_a_second_signal_ends_at_once(start_server) -> None:
     process, url = start_server(60.0)
     with ThreadPoolExecutor() as pool:

@@ -102,6 +102,11 @@ def test_usage_so_far_can_stand_in_every_chunk(client: TestClient) -> None:
     assert [chunk["usage"]["completion_tokens"] for chunk in chunks] == [0, 1, 2, 3, 3]
 
 
+def test_nulls_in_stream_options_count_as_not_given(client: TestClient) -> None:
+    chunks = streamed(client, "/v1/completions", prompt="One", stream_options={"include_usage": None})
+    assert "usage" not in chunks[0]
+
+
 def test_chat_logprobs_come_with_their_tokens(client: TestClient) -> None:
     chunks = streamed(client, "/v1/chat/completions", messages=USER, max_tokens=3, logprobs=True, top_logprobs=1)
     tokens = [entry["token"] for c in chunks[1:] for entry in c["choices"][0]["logprobs"]["content"]]
@@ -121,6 +126,17 @@ def test_a_streamed_prompt_can_be_scored_alone(client: TestClient) -> None:
     chunks = streamed(client, "/v1/completions", prompt="Hello", max_tokens=0, logprobs=0, echo=True)
     assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "Hello"
     assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_text_that_comes_before_the_prompts_scores_waits_for_them() -> None:
+    engine = FakeEngine(scores_prompt_late=True)
+    client = TestClient(create_app(engine, ServerSettings()))
+    fields = {"prompt": "Hello", "max_tokens": 4, "logprobs": 1, "echo": True}
+    whole = client.post("/v1/completions", json=fields).json()["choices"][0]
+    chunks = [chunk["choices"][0] for chunk in streamed(client, "/v1/completions", **fields)]
+    assert chunks[0]["text"] == "Hello"
+    assert "".join(chunk["text"] for chunk in chunks) == whole["text"]
+    assert chunks[0]["logprobs"]["token_logprobs"] == [None, -0.25]
 
 
 def test_token_ids_come_with_the_first_chunk_and_with_each_text(client: TestClient, engine: FakeEngine) -> None:
