@@ -83,7 +83,7 @@ class EngineChild:
         if code is None:
             return "still runs"
         if code == -signal.SIGKILL:
-            return "was killed by SIGKILL, by hand or for lack of memory,"
+            return "was killed by SIGKILL (by hand, or for lack of memory)"
         if code < 0:
             return f"was killed by signal {-code} ({signal.strsignal(-code)})"
         return f"ended with exit code {code}"

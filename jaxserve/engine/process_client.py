@@ -175,7 +175,7 @@ class ProcessEngineClient:
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 
     async def _prepare(self, prompt: str | list[int], params: SamplingParams, **options: Any) -> PreparedRequest:
-        if len(prompt) <= MAX_INLINE_CHARS:
+        if not isinstance(prompt, str) or len(prompt) <= MAX_INLINE_CHARS:
             return self._preparer.prepare(prompt, params, **options)
         return await asyncio.get_running_loop().run_in_executor(
             self._tokenizing, lambda: self._preparer.prepare(prompt, params, **options)

@@ -43,6 +43,7 @@ def test_tokens_pass_as_they_are(prepare):
         ([1.5], "list of token ids"),
         ([True], "list of token ids"),
         ({"a": 1}, "list of token ids"),
+        (None, "list of token ids"),
         ("\ud800", "surrogates"),
     ],
 )

@@ -210,7 +210,7 @@ async def test_a_started_client_knows_its_model(fake_client):
     [
         ("checkpoint_error", CheckpointError, "^the fake checkpoint is broken$"),
         ("bug", JaxserveError, "KeyError: 'a bug in the core'"),
-        ("kill", JaxserveError, "killed by SIGKILL, .* while it started"),
+        ("kill", JaxserveError, "killed by SIGKILL .* while it started"),
     ],
 )
 async def test_a_failed_start_is_raised_as_what_it_was(fake_client, start, error_type, words):
