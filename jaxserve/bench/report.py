@@ -13,8 +13,8 @@ from jaxserve.errors import ConfigError
 
 _TABLE_COLUMNS = {  # of a summary, in the table's order; the JSON file holds everything
     "requests_per_s": "req/s",
-    "output_tokens_per_s": "output tok/s",
-    "total_tokens_per_s": "all tok/s",
+    "output_tokens_per_s": "output\ntok/s",
+    "total_tokens_per_s": "all\ntok/s",
 }
 _LATENCIES = {
     "ttft_ms": "TTFT",
@@ -52,14 +52,14 @@ class Report:
             raise ConfigError(f"cannot write --json {path!r}: {error.strerror}") from None
 
     def print_table(self, labels: Sequence[str]) -> None:
-        """Print a row a result: its `labels`, then throughput, then p50 / p90 / p99 of each latency in ms."""
+        """Print a row a result: its `labels`, then throughput, then p50, p90 and p99 of each latency in ms."""
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=self.benchmark, title_justify="left")
+        table = Table(title=self.benchmark, title_justify="left", show_lines=True)
         latencies = {key: title for key, title in _LATENCIES.items() if any(f"{key}_p50" in r for r in self.results)}
         figures = {key: title for key, title in _TABLE_COLUMNS.items() if any(key in r for r in self.results)}
-        for title in (*labels, *figures.values(), *(f"{title} ms\np50/p90/p99" for title in latencies.values())):
+        for title in (*labels, *figures.values(), *(f"{title} ms\np50\np90\np99" for title in latencies.values())):
             table.add_column(title, justify="right")
         for result in self.results:
             cells = [str(result[label]) for label in labels]
@@ -77,7 +77,7 @@ class Report:
 
 def _percentiles(result: Mapping[str, Any], key: str) -> str:
     values = [result.get(f"{key}_p{percent}") for percent in (50, 90, 99)]
-    return " / ".join("-" if value is None else shown(value) for value in values)
+    return "\n".join("-" if value is None else shown(value) for value in values)
 
 
 def shown(value: float) -> str:
