@@ -1,8 +1,10 @@
 """The house's laws, read from the source: who imports whom, what stays free of JAX, and how large a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,6 +79,9 @@ FREE_OF_JAX = (
     "jaxserve.cache.prefix_cache",
     "jaxserve.cli.main",
 )
+
+# Modules whose package goes by another name.
+PACKAGE_OF = {"yaml": "pyyaml", "zmq": "pyzmq", "pydantic_core": "pydantic"}
 
 FORBIDDEN_FILE_NAMES = {"utils.py", "helpers.py", "common.py", "misc.py"}
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "shelve"}
@@ -187,3 +192,11 @@ def test_nothing_is_pickled():
 def test_three_names_are_installed_and_no_more():
     installed = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert installed - {"tests"} == set(PACKAGES)
+
+
+def test_every_imported_package_is_a_declared_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[^\w-]", entry)[0].lower().replace("-", "_") for entry in project["dependencies"]}
+    imported = {name.split(".")[0] for path in source_files() for _, name in imports_of(path)}
+    foreign = imported - set(sys.stdlib_module_names) - set(PACKAGES)
+    assert {PACKAGE_OF.get(name, name) for name in foreign} - declared == set()
