@@ -27,8 +27,8 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[cpu,test]'
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed-test
-	$(PIP) --editable '.[cpu,dev]'
+$(VENV)/.installed-lint: $(VENV)/.installed
+	$(PIP) --editable '.[cpu,lint]'
 	@touch $@
 
 serve: install
@@ -37,16 +37,16 @@ serve: install
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.installed-dev
+lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 
-types: $(VENV)/.installed-dev
+types: $(VENV)/.installed-lint
 	$(BIN)/pyright
 
 check: lint types test
 
-fix: $(VENV)/.installed-dev
+fix: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
