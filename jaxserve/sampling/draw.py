@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxserve.sampling.inputs import SamplingInputs
+from jaxserve.sampling.random_numbers import uniforms
 from jaxserve.sampling.vocabulary import BLOCK_TOKENS, Vocabulary, first_true
 
 MAX_CANDIDATES = 64  # the largest top_k that is served from the best few tokens alone
-ONE_BELOW = 1 - 2**-24  # the largest float32 under 1
 
 
 def draw(vocabulary: Vocabulary, inputs: SamplingInputs) -> Int[Array, " rows"]:
@@ -27,34 +26,27 @@ def draw(vocabulary: Vocabulary, inputs: SamplingInputs) -> Int[Array, " rows"]:
     greedy = vocabulary.argmax()
     draws = (inputs.temperature > 0) & vocabulary.is_finite
     few = draws & (inputs.top_k > 0) & (inputs.top_k <= MAX_CANDIDATES)
-    keys = _keys(inputs)
-    from_few = lax.cond(few.any(), lambda: _draw_from_few(vocabulary, inputs, keys), lambda: greedy)
+    from_few = lax.cond(few.any(), lambda: _draw_from_few(vocabulary, inputs), lambda: greedy)
     rest = draws & ~few
-    from_all = lax.cond(rest.any(), lambda: _draw_from_all(vocabulary, inputs, keys, rest, greedy), lambda: greedy)
+    from_all = lax.cond(rest.any(), lambda: _draw_from_all(vocabulary, inputs, rest, greedy), lambda: greedy)
     return jnp.where(few, from_few, jnp.where(rest, from_all, greedy))
-
-
-def _keys(inputs: SamplingInputs) -> jax.Array:
-    """key[rows]: a function of the 64-bit seed and the output position, of nothing else."""
-    seeds = lax.bitcast_convert_type(inputs.seed, jnp.uint32)
-    keys = jax.random.wrap_key_data(seeds, impl="threefry2x32")
-    return jax.vmap(jax.random.fold_in)(keys, lax.bitcast_convert_type(inputs.position, jnp.uint32))
-
-
-def _uniforms(keys: jax.Array, attempt: Int[Array, ""] | int) -> Float[Array, "rows 2"]:
-    """Two numbers in [0, 1) a row; near 0 they are 2**-32 apart, near 1 as close as float32 can say."""
-
-    def words(key: jax.Array) -> UInt32[Array, " 2"]:
-        return jax.random.bits(jax.random.fold_in(key, attempt), (2,), jnp.uint32)
-
-    return jnp.minimum(jax.vmap(words)(keys).astype(jnp.float32) * 2**-32, ONE_BELOW)
 
 
 def _pick(weights: Float[Array, "rows n"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
     """An index with probability weights / sum(weights), never one of weight 0 unless all are."""
-    sums = jnp.cumsum(weights, axis=-1)
+    return _first_beyond(jnp.cumsum(weights, axis=-1), weights, jnp.zeros_like(uniform), uniform)
+
+
+def _first_beyond(
+    sums: Float[Array, "rows n"],
+    weights: Float[Array, "rows n"],
+    start: Float[Array, " rows"],
+    uniform: Float[Array, " rows"],
+) -> Int[Array, " rows"]:
+    """The index at the fraction `uniform` of the way from `start` to the end of the running sums of `weights`."""
+    wanted = start + uniform * (sums[:, -1] - start)
     # The parallel sum may round so that it steps where a weight is 0, or stays short of its end: look at both.
-    holds = (sums > uniform[:, None] * sums[:, -1:]) & (weights > 0)
+    holds = (sums > wanted[:, None]) & (weights > 0)
     last = weights.shape[-1] - 1 - first_true(weights[:, ::-1] > 0)
     return jnp.where(holds.any(axis=-1), first_true(holds), last)
 
@@ -68,32 +60,34 @@ def _inverse_temperature(inputs: SamplingInputs) -> Float[Array, " rows"]:
     return 1 / jnp.where(inputs.temperature > 0, inputs.temperature, 1)
 
 
-def _draw_from_few(vocabulary: Vocabulary, inputs: SamplingInputs, keys: jax.Array) -> Int[Array, " rows"]:
-    """Rows with top_k <= MAX_CANDIDATES: everything is decided among the best tokens, best first."""
-    logits, token_ids = vocabulary.top(MAX_CANDIDATES)
-    ranks = jnp.arange(logits.shape[-1])
+def _draw_from_few(vocabulary: Vocabulary, inputs: SamplingInputs) -> Int[Array, " rows"]:
+    """Rows with top_k <= MAX_CANDIDATES: everything is decided among the best tokens.
+
+    They are taken least likely first: float32 tells small sums apart best, and the random numbers are finest near 0.
+    """
+    logits, token_ids = (best_first[:, ::-1] for best_first in vocabulary.top(MAX_CANDIDATES))
+    ranks = jnp.arange(logits.shape[-1])[::-1]
     keep = (ranks < inputs.top_k[:, None]) & (logits >= _logit_floor(vocabulary, inputs)[:, None])
     scaled = (logits - vocabulary.max[:, None]) * _inverse_temperature(inputs)[:, None]
     weights = jnp.where(keep, jnp.exp(scaled), 0)
     sums = jnp.cumsum(weights, axis=-1)
-    keep = (sums - weights < inputs.top_p[:, None] * sums[:, -1:]) | (ranks == 0)
-    # Least likely first: float32 tells small sums apart best, and uniforms are finest near 0.
-    ascending = jnp.where(keep, weights, 0)[:, ::-1]
-    picked = logits.shape[-1] - 1 - _pick(ascending, _uniforms(keys, 0)[:, 0])
+    mass, top_p = sums[:, -1:], inputs.top_p[:, None]
+    keep = (mass - sums < top_p * mass) | (top_p >= 1) | (ranks == 0)
+    dropped = jnp.where(keep, 0, sums).max(axis=-1)
+    picked = _first_beyond(sums, weights, dropped, uniforms(inputs.seed, inputs.position, 0)[0])
     return jnp.take_along_axis(token_ids, picked[:, None], axis=-1, mode="clip")[:, 0]
 
 
 def _draw_from_all(
     vocabulary: Vocabulary,
     inputs: SamplingInputs,
-    keys: jax.Array,
     draws: Bool[Array, " rows"],
     greedy: Int[Array, " rows"],
 ) -> Int[Array, " rows"]:
     """Rows without a small top_k. A pass over the vocabulary, and for top_p < 1 about 1 / top_p more."""
     ranked = draws & (inputs.top_k > MAX_CANDIDATES) & (inputs.top_k < vocabulary.size)
     floor = _logit_floor(vocabulary, inputs)
-    kth = lax.cond(ranked.any(), lambda: _kth_largest(vocabulary, inputs.top_k), lambda: floor)
+    kth = lax.cond(ranked.any(), lambda: _kth_largest(vocabulary, inputs.top_k, ranked), lambda: floor)
     floor = jnp.where(ranked, jnp.maximum(floor, kth), floor)
     tokens = _Remaining(vocabulary, floor, _inverse_temperature(inputs))
 
@@ -107,7 +101,7 @@ def _draw_from_all(
         is_first = attempt == 0
         accepted |= ~is_first & ((mass < wanted) | (mass == 0))
         wanted = jnp.where(is_first, inputs.top_p * mass, wanted)
-        drawn = tokens.draw(sums, _Pivot(token_id, logit), _uniforms(keys, attempt))
+        drawn = tokens.draw(sums, _Pivot(token_id, logit), uniforms(inputs.seed, inputs.position, attempt))
         alone = wanted <= 1  # the best token weighs exp(0): it is all that top_p keeps
         token_id = jnp.where(accepted, token_id, jnp.where(alone, greedy, drawn.token_id))
         logit = jnp.where(accepted, logit, drawn.logit)
@@ -157,28 +151,37 @@ class _Remaining:
         """The weight of each block."""
         return self.weights(self.vocabulary.blocks, self.vocabulary.token_ids, before).sum(axis=-1)
 
-    def draw(self, sums: Float[Array, "rows blocks"], before: _Pivot, uniforms: Float[Array, "rows 2"]) -> _Pivot:
+    def draw(self, sums: Float[Array, "rows blocks"], before: _Pivot, uniform: tuple[Array, Array]) -> _Pivot:
         """A block by its weight, then a token of it by its own."""
-        block = _pick(sums, uniforms[:, 0])
+        block = _pick(sums, uniform[0])
         logits = self.vocabulary.block(block)
         token_ids = block[:, None] * BLOCK_TOKENS + jnp.arange(BLOCK_TOKENS)
         weights = self.weights(logits[:, None], token_ids[:, None], before)[:, 0]
-        within = _pick(weights, uniforms[:, 1])
+        within = _pick(weights, uniform[1])
         logit = jnp.take_along_axis(logits, within[:, None], axis=-1, mode="clip")[:, 0]
         return _Pivot(block * BLOCK_TOKENS + within, logit)
 
 
-def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"]) -> Float[Array, " rows"]:
-    """Each row's k-th largest logit, found bit by bit in 32 passes; tokens that tie with it are all kept."""
+def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"], wanted: Bool[Array, " rows"]) -> Float[Array, " rows"]:
+    """What parts each wanted row's best k tokens from the rest, found bit by bit in up to 32 passes.
+
+    A row is done when k tokens reach its number; more passes would move the number and keep the same tokens. Only
+    tokens that tie with the k-th are kept beyond k.
+    """
     ordered = _to_ordered(vocabulary.blocks)
 
-    def set_bit(index: Int[Array, ""], found: UInt32[Array, " rows"]) -> UInt32[Array, " rows"]:
-        guess = found | (jnp.uint32(1) << (31 - index).astype(jnp.uint32))
-        count = (ordered >= guess[:, None, None]).sum(axis=(-1, -2))
-        return jnp.where(count >= k, guess, found)
+    def unfinished(state: tuple[Array, Array, Array]) -> Bool[Array, ""]:
+        bit, _, separated = state
+        return (bit >= 0) & ~separated.all()
 
-    found = lax.fori_loop(0, 32, set_bit, jnp.zeros(k.shape, jnp.uint32))
-    return _from_ordered(found)
+    def set_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        bit, found, separated = state
+        guess = found | (jnp.uint32(1) << bit.astype(jnp.uint32))
+        count = (ordered >= guess[:, None, None]).sum(axis=(-1, -2), dtype=jnp.int32)
+        return bit - 1, jnp.where(count >= k, guess, found), separated | (count == k)
+
+    state = (jnp.int32(31), jnp.zeros(k.shape, jnp.uint32), ~wanted)
+    return _from_ordered(lax.while_loop(unfinished, set_bit, state)[1])
 
 
 _SIGN = np.uint32(1 << 31)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ _FLOAT_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "frequen
 _INT = {name: index for index, name in enumerate(_INT_FIELDS)}
 _FLOAT = {name: index for index, name in enumerate(_FLOAT_FIELDS)}
 
-AnyArray = jax.Array | np.ndarray
+Leaf = Any  # an array, of JAX or NumPy, or what jax.tree.map puts in its place: a shape, a sharding
 
 
 @partial(
@@ -45,11 +45,11 @@ AnyArray = jax.Array | np.ndarray
 class LogitRules:
     """The large and rarely used part of a "full" step, read only where a row's `has_allowed` or `has_edits` says so."""
 
-    allowed: AnyArray  # u32[rows, ceil(vocab / 32)], bit t % 32 of word t // 32 is token t
-    bias_ids: AnyArray  # i32[rows, MAX_LOGIT_BIAS], NO_TOKEN past the end
-    bias_values: AnyArray  # f32[rows, MAX_LOGIT_BIAS]
-    bad_words: AnyArray  # i32[rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS], right-aligned: ANY_TOKEN .. prefix, last token
-    stop_ids: AnyArray  # i32[rows, MAX_MASKED_STOP_IDS], NO_TOKEN past the end
+    allowed: Leaf  # u32[rows, ceil(vocab / 32)], bit t % 32 of word t // 32 is token t
+    bias_ids: Leaf  # i32[rows, MAX_LOGIT_BIAS], NO_TOKEN past the end
+    bias_values: Leaf  # f32[rows, MAX_LOGIT_BIAS]
+    bad_words: Leaf  # i32[rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS], right-aligned: ANY_TOKEN .. prefix, last token
+    stop_ids: Leaf  # i32[rows, MAX_MASKED_STOP_IDS], NO_TOKEN past the end
 
     @classmethod
     def empty(cls, rows: int, vocab_size: int) -> LogitRules:
@@ -70,14 +70,15 @@ class LogitRules:
 class SamplingInputs:
     """One step's sampling parameters, row for row; the properties name the columns."""
 
-    ints: AnyArray  # i32[rows, 8]
-    floats: AnyArray  # f32[rows, 6]
+    ints: Leaf  # i32[rows, 8]
+    floats: Leaf  # f32[rows, 6]
     rules: LogitRules | None = None  # in the "full" variant
 
     @property
     def seed(self) -> jax.Array:
-        """i32[rows, 2]: the low and the high half of the seed, as bits."""
-        return jax.numpy.asarray(self.ints[:, _INT["seed"] : _INT["seed"] + 2])
+        """u32[rows, 2]: the low and the high half."""
+        bits = jax.numpy.asarray(self.ints[:, _INT["seed"] : _INT["seed"] + 2])
+        return jax.lax.bitcast_convert_type(bits, jax.numpy.uint32)
 
     @property
     def position(self) -> jax.Array:
@@ -158,7 +159,7 @@ def abstract_inputs(rows: int, variant: Variant, *, vocab_size: int) -> Sampling
         rules = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), LogitRules.empty(rows, vocab_size))
     ints = jax.ShapeDtypeStruct((rows, len(_INT_FIELDS)), np.int32)
     floats = jax.ShapeDtypeStruct((rows, len(_FLOAT_FIELDS)), np.float32)
-    return SamplingInputs(ints, floats, rules)  # type: ignore[arg-type]  # shapes stand in for arrays
+    return SamplingInputs(ints, floats, rules)
 
 
 @dataclass(slots=True)
@@ -233,13 +234,13 @@ class SlotParameters:
         jax.tree.map(lambda table, nothing: table.__setitem__(slot, nothing[0]), self._rules, empty)
         rules = self._rules
         if params.allowed_token_ids is not None:
-            rules.allowed[slot] = pack_mask(params.allowed_token_ids, self.vocab_size)  # type: ignore[index]
+            rules.allowed[slot] = pack_mask(params.allowed_token_ids, self.vocab_size)
         bias = params.logit_bias or {}
-        rules.bias_ids[slot, : len(bias)] = list(bias)  # type: ignore[index]
-        rules.bias_values[slot, : len(bias)] = list(bias.values())  # type: ignore[index]
+        rules.bias_ids[slot, : len(bias)] = list(bias)
+        rules.bias_values[slot, : len(bias)] = list(bias.values())
         for index, word in enumerate(params.bad_words_token_ids or ()):
-            rules.bad_words[slot, index, -len(word) :] = word  # type: ignore[index]
-        rules.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids  # type: ignore[index]
+            rules.bad_words[slot, index, -len(word) :] = word
+        rules.stop_ids[slot, : len(stop_token_ids)] = stop_token_ids
 
 
 def pack_mask(token_ids: list[int], vocab_size: int) -> np.ndarray:

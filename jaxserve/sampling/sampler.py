@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.sampling.draw import draw
-from jaxserve.sampling.inputs import SamplingInputs, Variant
+from jaxserve.sampling.inputs import Leaf, SamplingInputs, Variant
 from jaxserve.sampling.logit_rules import apply_rules
 from jaxserve.sampling.logprobs import score
 from jaxserve.sampling.vocabulary import Vocabulary
@@ -25,12 +25,12 @@ from jaxserve.sampling.vocabulary import Vocabulary
 class SampledTokens:
     """A step's tokens. All but the first two are None unless the variant is "full"."""
 
-    token_ids: jax.Array  # i32[rows], 0 where not ok
-    ok: jax.Array  # bool[rows], False where the logits are not finite or no token is left to choose
-    logprobs: jax.Array | None = None  # f32[rows], of the token, from the raw logits
-    ranks: jax.Array | None = None  # i32[rows], 1 is the most likely token
-    top_token_ids: jax.Array | None = None  # i32[rows, MAX_LOGPROBS], most likely first
-    top_logprobs: jax.Array | None = None  # f32[rows, MAX_LOGPROBS]
+    token_ids: Leaf  # i32[rows], 0 where not ok
+    ok: Leaf  # bool[rows], False where the logits are not finite or no token is left to choose
+    logprobs: Leaf | None = None  # f32[rows], of the token, from the raw logits
+    ranks: Leaf | None = None  # i32[rows], 1 is the most likely token
+    top_token_ids: Leaf | None = None  # i32[rows, MAX_LOGPROBS], most likely first
+    top_logprobs: Leaf | None = None  # f32[rows, MAX_LOGPROBS]
 
 
 def sample(

@@ -81,4 +81,5 @@ def first_true(mask: Bool[Array, "rows n"]) -> Int[Array, " rows"]:
 
 def _top_k(values: Float[Array, "rows n"], count: int) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
     """`lax.top_k`, which puts -0.0 after 0.0, for a world where they are equal."""
-    return lax.top_k(jnp.where(values == 0, 0, values), count)
+    best, places = lax.top_k(jnp.where(values == 0, 0, values), count)
+    return best, places

@@ -32,12 +32,15 @@ def run(
     num_rows: int | None = None,
     place: jax.sharding.Sharding | None = None,
 ) -> SampledTokens:
-    """One token a row of `logits`; padding rows are cut off again. NumPy leaves."""
+    """One token a row of `logits`, padded to `num_rows`; padding rows are cut off again. NumPy leaves.
+
+    Few shapes, few compilations: the default is the next of 32, 64, 128 ...
+    """
     rows, vocab_size = logits.shape
     prompts = [[1]] * rows if prompts is None else prompts
     outputs = [[]] * rows if outputs is None else outputs
     slots = SlotParameters(rows, vocab_size)
-    padded = rows if num_rows is None else num_rows
+    padded = max(32, 1 << (rows - 1).bit_length()) if num_rows is None else num_rows
     history = np.full((padded, MAX_LEN), 3, np.int32)  # what lies behind the end must not matter
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         stop_token_ids = [EOS, *(params[row].stop_token_ids or ())]
