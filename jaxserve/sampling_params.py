@@ -77,6 +77,12 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
             )
+        if not self.spaces_between_special_tokens:
+            raise InvalidRequestError(
+                "spaces_between_special_tokens=false is not supported: special tokens are written as the tokenizer "
+                "decodes them",
+                param="spaces_between_special_tokens",
+            )
         self._validate_lists()
         return self
 

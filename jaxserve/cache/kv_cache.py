@@ -53,7 +53,7 @@ class KVCacheSpec:
         """Shape of one layer's K (or V) pool."""
         return pool_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
 
-    def abstract(self, num_blocks: int, mesh: Mesh) -> list[LayerCache]:
+    def abstract(self, num_blocks: int, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the arrays that `allocate` makes."""
         one = jax.ShapeDtypeStruct(
             self.layer_shape(num_blocks),

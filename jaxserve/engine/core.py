@@ -30,8 +30,6 @@ class EngineCore:
         self._guard = started.guard
         self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight
         self._in_flight: list[tuple[StepPlan, PendingStep]] = []
-        self._num_steps = 0
-        self._num_computed_tokens = 0
 
     @property
     def has_unfinished(self) -> bool:
@@ -51,8 +49,6 @@ class EngineCore:
         plan = self._scheduler.schedule()
         if plan is not None:
             self._in_flight.append((plan, self._runner.dispatch(plan)))
-            self._num_steps += 1
-            self._num_computed_tokens += plan.total_num_tokens
         if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
             done, pending = self._in_flight.pop(0)
             return self._scheduler.update(done, pending.result())
@@ -70,13 +66,13 @@ class EngineCore:
             prefix_queried_tokens=now.prefix_queried_tokens,
             prefix_hit_tokens=now.prefix_hit_tokens,
             num_preemptions=now.num_preemptions,
-            num_steps=self._num_steps,
-            num_computed_tokens=self._num_computed_tokens,
+            num_steps=now.num_steps,
+            num_computed_tokens=now.num_computed_tokens,
             num_compiles_after_ready=self._guard.num_compiles,
         )
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False while requests use some."""
+        """Let no new request find the cached blocks; False without a prefix cache."""
         return self._scheduler.reset_prefix_cache()
 
     def shutdown(self) -> None:

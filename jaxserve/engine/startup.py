@@ -1,4 +1,4 @@
-"""Start of an engine: opens the model, loads and compiles side by side, sizes the KV pool, and says what took how long."""
+"""Start of an engine: opens the model, loads and compiles side by side, sizes the KV pool, times each part."""
 
 from __future__ import annotations
 
@@ -120,6 +120,8 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         num_blocks=shapes.num_blocks,
         block_size=spec.block_size,
         fingerprint=_fingerprint(config, files),
+        eos_token_ids=files.eos_token_ids,
+        default_sampling=files.default_sampling,
         startup_s=phases.seconds,
     )
     return Started(

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from jaxserve.errors import CheckpointError
 from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.errors import CheckpointError
 from jaxserve.layers.attention import AttentionBackend, AttentionInputs
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import RopeConfig

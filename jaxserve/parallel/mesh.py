@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ _MESH_AXIS = {"kv_heads": TENSOR, "q_features": TENSOR, "ffn": TENSOR, "shards":
 LogicalAxes = tuple[str | None, ...]
 
 
-def make_mesh(tensor_parallel_size: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(tensor_parallel_size: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over the first `tensor_parallel_size` devices, one axis named "tensor"."""
     devices = jax.devices() if devices is None else devices
     if len(devices) < tensor_parallel_size:

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax import monitoring
@@ -82,10 +82,10 @@ class CompileGuard:
         """Stop counting: the engine shuts down, or a test compiles something of its own."""
         self._armed = False
 
-    def _on_event(self, event: str, duration_s: float, **details: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILE_EVENT and self._armed:
             with self._lock:
                 self.num_compiles += 1
             logger.error(
-                "compiled a program after ready (%.2f s, %s): a shape is missing in the warm-up", duration_s, details
+                "compiled a program after ready (%.2f s, %s): a shape is missing in the warm-up", duration_secs, kwargs
             )

@@ -28,6 +28,9 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFiles:
     """An opened checkpoint (None: random weights) with its config, overrides applied, and the dtype to run in."""
@@ -36,7 +39,19 @@ class ModelFiles:
     hf_config: dict[str, Any]
     decoder: DecoderConfig
     dtype: np.dtype
+    generation_config: dict[str, Any]
     seed: int
+
+    @property
+    def default_sampling(self) -> dict[str, float | int]:
+        """The sampling parameters that the model's makers recommend, under our names."""
+        return {name: self.generation_config[name] for name in _SAMPLING_DEFAULTS if self.generation_config.get(name)}
+
+    @property
+    def eos_token_ids(self) -> list[int]:
+        """The tokens that end a sequence, as generation_config.json names them."""
+        ids = self.generation_config.get("eos_token_id")
+        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def max_model_len(self, asked: int | None) -> int:
         """Positions a sequence may have: what was asked for, within what the model was made for."""
@@ -52,19 +67,22 @@ class ModelFiles:
 def open_model(config: ModelSettings) -> ModelFiles:
     """Find and open what `model` names; `dtype: auto` is what the checkpoint says, bfloat16 for GGUF."""
     source = resolve_source(config.model, revision=config.revision, tokenizer_only=config.load_format == "dummy")
+    checkpoint, generation_config = None, {}
     if config.load_format == "dummy" and source.kind == "folder":
-        checkpoint, hf_config = None, read_json(source.path / "config.json")
+        hf_config = read_json(source.path / "config.json")
     else:
         asked = _DTYPES.get(config.dtype, np.dtype(ml_dtypes.bfloat16))
         opened = open_checkpoint(source, dtype=asked)
         hf_config = opened.hf_config()
         checkpoint = None if config.load_format == "dummy" else opened
+        generation_config = opened.generation_config() if config.generation_config == "auto" else {}
     hf_config = _merge(hf_config, config.hf_overrides)
     return ModelFiles(
         checkpoint=checkpoint,
         hf_config=hf_config,
         decoder=DecoderConfig.from_hf(hf_config),
         dtype=_dtype(config, hf_config),
+        generation_config=generation_config,
         seed=config.seed,
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import jax
 import psutil
 
 from jaxserve.cache.kv_cache import RESERVED_BLOCKS, KVCacheSpec
@@ -23,7 +23,7 @@ class DeviceMemory:
     peak_bytes: int
 
     @classmethod
-    def read(cls, device: jax.Device, *, pool_bytes: int) -> DeviceMemory:
+    def read(cls, device: Any, *, pool_bytes: int) -> DeviceMemory:
         """After the largest step ran with a trial pool of `pool_bytes` on this device."""
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
