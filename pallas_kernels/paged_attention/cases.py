@@ -62,7 +62,7 @@ CASES: tuple[Case, ...] = (
     Case(name="block_edges", rows=_DECODES),
     Case(name="padding_rows_and_tokens", rows=((130, 1), (3, 1)), has_prefill=True),
     Case(name="chunk_edges", rows=((126, 1), (127, 1), (128, 1), (256, 1))),
-    Case(name="more_rows_than_a_group", rows=tuple((17 * i, 1) for i in range(12)), num_tokens=12, num_rows=12),
+    Case(name="more_rows_than_a_group", rows=tuple((17 * i, 1) for i in range(20)), num_tokens=20, num_rows=20),
     Case(name="multi_head", rows=_DECODES, q_heads=4, kv_heads=4),
     Case(name="four_queries_a_head", rows=_DECODES, q_heads=8, kv_heads=2, head_dim=128),
     Case(name="eight_queries_on_one_head", rows=_DECODES, q_heads=8, kv_heads=1),

@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.compat import register_pytree_dataclass
 
 QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
-_ROW_ALIGNMENT = 8  # decode rows are walked in groups of this many; see xla.py
+DECODE_GROUP = 16  # one-token rows that are computed together
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +39,7 @@ class AttentionMetadata:
     tile_positions: jax.Array  # i32[tiles], position of the first token in its sequence
     tile_lens: jax.Array  # i32[tiles], tokens in the tile
     num_tiles: jax.Array  # i32[]
-    output_rows: (
-        jax.Array
-    )  # i32[tokens], where a token's result lies in [decodes, tiles * QUERY_TILE, one row of zeros]
+    output_rows: jax.Array  # i32[tokens], where a token's result lies in [decodes, one row of zeros, tokens]
 
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(AttentionMetadata))
@@ -51,10 +49,10 @@ register_pytree_dataclass(AttentionMetadata, _FIELDS)
 def num_decode_slots(rows: int) -> int:
     """Length of the decode plan for a row bucket: rows, rounded up to whole groups.
 
-    >>> [num_decode_slots(n) for n in (1, 4, 8, 9)]
-    [1, 4, 8, 16]
+    >>> [num_decode_slots(n) for n in (1, 8, 16, 17)]
+    [1, 8, 16, 32]
     """
-    return rows if rows < _ROW_ALIGNMENT else -(-rows // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    return rows if rows < DECODE_GROUP else -(-rows // DECODE_GROUP) * DECODE_GROUP
 
 
 def num_tile_slots(tokens: int, rows: int) -> int:
@@ -121,10 +119,9 @@ def build_metadata(
     tile_starts = starts[tile_rows] + first_queries
     tiles = num_tile_slots(num_tokens, num_rows) if has_prefill else 0
 
-    output_rows = np.full(num_tokens, decodes + tiles * QUERY_TILE, np.int32)
+    output_rows = np.arange(decodes + 1, decodes + 1 + num_tokens, dtype=np.int32)
+    output_rows[starts[-1] :] = decodes  # padding
     output_rows[starts[decode]] = np.arange(len(decode))
-    tile_of, offsets = _counted(tile_lens)
-    output_rows[tile_starts[tile_of] + offsets] = decodes + tile_of * QUERY_TILE + offsets
 
     leaves: dict[str, Any] = {
         "query_starts": starts,

@@ -1,6 +1,6 @@
 """Paged attention in plain XLA, shaped for XLA:CPU: two loops with trip counts of the batch at hand.
 
-Decode: rows of one token, sorted by length, in groups of 8; each group walks its rows' keys in chunks.
+Decode: rows of one token, sorted by length, in groups of DECODE_GROUP; each group walks its rows' keys in chunks.
 Prefill: tiles of up to QUERY_TILE tokens of one row, one after the other; each walks its row's keys in chunks.
 
 Both keep a running maximum, sum and output (online softmax), so nothing has the size of the context, and no shape
@@ -18,11 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.numerics import MASKED, from_storage
-from pallas_kernels.paged_attention.metadata import QUERY_TILE, AttentionMetadata
+from pallas_kernels.paged_attention.metadata import DECODE_GROUP, QUERY_TILE, AttentionMetadata
 
-_DECODE_GROUP = 8  # rows
 _DECODE_CHUNK = 128  # positions
-_PREFILL_CHUNK = 256  # positions
+_PREFILL_CHUNK = 128  # positions
 
 
 class _Running(NamedTuple):
@@ -46,11 +45,9 @@ class _Scoring(NamedTuple):
 
     def first_visible(self, positions: jax.Array) -> jax.Array:
         """The first position that queries at `positions` see."""
-        return (
-            jnp.zeros_like(positions)
-            if self.sliding_window is None
-            else jnp.maximum(positions - (self.sliding_window - 1), 0)
-        )
+        if self.sliding_window is None:
+            return jnp.zeros_like(positions)
+        return jnp.maximum(positions - (self.sliding_window - 1), 0)
 
 
 class _Pools(NamedTuple):
@@ -82,18 +79,17 @@ def paged_attention_xla(
     width = kv_heads * head_dim
     pools = _Pools(k_pool.reshape(-1, width), v_pool.reshape(-1, width), block_size, kv_heads)
     scoring = _Scoring(scale, sliding_window, soft_cap)
-    parts = [_decode(q, pools, metadata, scoring)]
+    parts = [_decode(q, pools, metadata, scoring), jnp.zeros((1, *q.shape[1:]), jnp.float32)]
     if metadata.tile_tokens.shape[0]:
         parts.append(_prefill(q, pools, metadata, scoring))
-    parts.append(jnp.zeros((1, *q.shape[1:]), jnp.float32))
     return jnp.concatenate(parts)[metadata.output_rows].astype(q.dtype)
 
 
 def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
-    """f32[decodes, q_heads, head_dim]; zeros past num_decodes."""
+    """f32[decodes, q_heads, head_dim]; anything past num_decodes."""
     q = q[metadata.decode_tokens]
     decodes = q.shape[0]
-    group = min(_DECODE_GROUP, decodes)
+    group = min(DECODE_GROUP, decodes)
 
     def attend(index: jax.Array, out: jax.Array) -> jax.Array:
         def rows_of(x: jax.Array) -> jax.Array:
@@ -101,11 +97,11 @@ def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _
 
         lens = rows_of(metadata.decode_lens)
         attended = _decode_group(rows_of(q), pools, metadata.block_tables, rows_of(metadata.decode_rows), lens, scoring)
-        attended = jnp.where((lens > 0)[:, None, None], attended, 0)
         return jax.lax.dynamic_update_slice_in_dim(out, attended, index * group, 0)
 
     num_groups = (metadata.num_decodes + (group - 1)) // group
-    return jax.lax.fori_loop(0, num_groups, attend, jnp.zeros(q.shape, jnp.float32))
+    # Zeros would do as well, but XLA lifts constants of all layers to the start of the step and keeps them there.
+    return jax.lax.fori_loop(0, num_groups, attend, q.astype(jnp.float32))
 
 
 def _decode_group(
@@ -125,13 +121,14 @@ def _decode_group(
         seen = jnp.clip(positions, first[:, None], last[:, None])  # i32[rows, chunk]
         slots = _slots(block_tables, table_rows[:, None], seen, pools.block_size)
         keys = pools.fetch(pools.k, slots)  # [rows, chunk, width]
-        products = _dot(keys, spread.astype(keys.dtype), contract=(2, 2))  # [rows, chunk, q_heads]
+        products = _dot(keys, spread.astype(keys.dtype), contract=(2, 2), batch=(0, 0))  # [rows, chunk, q_heads]
         # Without the barrier XLA folds the transpose into the product, which then repacks the keys.
         scores = scoring(jax.lax.optimization_barrier(products).swapaxes(1, 2))
         scores = jnp.where((positions == seen)[:, None], scores, MASKED)
-        return _accumulate(running, scores, pools.fetch(pools.v, slots))
+        return _accumulate(running, scores, pools.fetch(pools.v, slots), value_axes=(1, 0))
 
-    chunks = _chunk_range(jnp.min(first), jnp.max(last), _DECODE_CHUNK)
+    first_of_all = jnp.min(jnp.where(lens > 0, first, jnp.max(first)))  # padding must not stretch a window to 0
+    chunks = _chunk_range(first_of_all, jnp.max(last), _DECODE_CHUNK)
     running = jax.lax.fori_loop(*chunks, step, _nothing_seen((rows, heads), pools.k.shape[1]))
     out = running.out / running.total[..., None]  # [rows, q_heads, width]
     out = out.reshape(rows, pools.kv_heads, -1, pools.kv_heads, head_dim)
@@ -140,22 +137,24 @@ def _decode_group(
 
 
 def _prefill(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
-    """f32[tiles * QUERY_TILE, q_heads, head_dim]; zeros past num_tiles."""
+    """f32[tokens + QUERY_TILE, q_heads, head_dim]; anything where a token is in no tile.
+
+    A tile writes QUERY_TILE tokens however many it has: later tiles, whose tokens follow, set right what is theirs.
+    """
     heads, head_dim = q.shape[1:]
-    tiles = metadata.tile_tokens.shape[0]
     q = jnp.pad(q, ((0, QUERY_TILE), (0, 0), (0, 0)))  # a tile may reach past the last token
 
     def attend(tile: jax.Array, out: jax.Array) -> jax.Array:
-        queries = jax.lax.dynamic_slice_in_dim(q, metadata.tile_tokens[tile], QUERY_TILE)
+        token = metadata.tile_tokens[tile]
+        queries = jax.lax.dynamic_slice_in_dim(q, token, QUERY_TILE)
         queries = queries.reshape(QUERY_TILE, pools.kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
         start = metadata.tile_positions[tile]
         end = start + metadata.tile_lens[tile]
         attended = _prefill_tile(queries, pools, metadata.block_tables[metadata.tile_rows[tile]], start, end, scoring)
         attended = attended.transpose(2, 0, 1, 3).reshape(QUERY_TILE, heads, head_dim)
-        return jax.lax.dynamic_update_slice_in_dim(out, attended, tile * QUERY_TILE, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, attended, token, 0)
 
-    out = jnp.zeros((tiles * QUERY_TILE, heads, head_dim), jnp.float32)
-    return jax.lax.fori_loop(0, metadata.num_tiles, attend, out)
+    return jax.lax.fori_loop(0, metadata.num_tiles, attend, q.astype(jnp.float32))
 
 
 def _prefill_tile(
@@ -172,22 +171,22 @@ def _prefill_tile(
     first = scoring.first_visible(query_positions)  # i32[QUERY_TILE]
     flat_q = q.reshape(kv_heads, group * QUERY_TILE, head_dim)
 
-    def by_head(rows: jax.Array) -> jax.Array:  # [chunk, width] -> [kv_heads, chunk, head_dim]
-        return rows.reshape(-1, kv_heads, head_dim).swapaxes(0, 1)
+    def fetch(pool: jax.Array, slots: jax.Array) -> jax.Array:
+        return pools.fetch(pool, slots).reshape(-1, kv_heads, head_dim)  # [chunk, kv_heads, head_dim]
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
         positions = chunk * _PREFILL_CHUNK + jnp.arange(_PREFILL_CHUNK, dtype=jnp.int32)
         seen = jnp.clip(positions, first[0], end - 1)
         slots = _slots(block_table[None], jnp.zeros((), jnp.int32), seen, pools.block_size)
-        keys = by_head(pools.fetch(pools.k, slots))
-        products = _dot(flat_q.astype(keys.dtype), keys, contract=(2, 2))
-        scores = scoring(products).reshape(kv_heads, group, QUERY_TILE, _PREFILL_CHUNK)
+        keys = fetch(pools.k, slots)
+        products = _dot(flat_q.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1))
+        scores = scoring(products.reshape(kv_heads * group, QUERY_TILE, _PREFILL_CHUNK))
         visible = (positions <= query_positions[:, None]) & (positions >= first[:, None])
-        scores = jnp.where(visible, scores, MASKED).reshape(products.shape)
-        return _accumulate(running, scores, by_head(pools.fetch(pools.v, slots)))
+        scores = jnp.where(visible, scores, MASKED)
+        return _accumulate(running, scores, fetch(pools.v, slots), value_axes=(0, 1))
 
     chunks = _chunk_range(first[0], end - 1, _PREFILL_CHUNK)
-    running = jax.lax.fori_loop(*chunks, step, _nothing_seen((kv_heads, group * QUERY_TILE), head_dim))
+    running = jax.lax.fori_loop(*chunks, step, _nothing_seen((kv_heads * group, QUERY_TILE), head_dim))
     return (running.out / running.total[..., None]).reshape(q.shape)
 
 
@@ -217,16 +216,25 @@ def _nothing_seen(queries: tuple[int, ...], width: int) -> _Running:
     )
 
 
-def _accumulate(running: _Running, scores: jax.Array, values: jax.Array) -> _Running:
-    """Adds a chunk. Weights of a chunk that is masked altogether vanish once a visible score raises `top`."""
+def _accumulate(running: _Running, scores: jax.Array, values: jax.Array, *, value_axes: tuple[int, int]) -> _Running:
+    """Adds a chunk; `value_axes` are the position and the batch axis of `values`.
+
+    Weights of a chunk that is masked altogether vanish once a visible score raises `top`.
+    """
+    position_axis, batch_axis = value_axes
     top = jnp.maximum(running.top, scores.max(-1))
     decay = jnp.exp(running.top - top)
-    weights = jnp.exp(scores - top[..., None])
-    out = _dot(weights.astype(values.dtype), values, contract=(2, 1))
-    return _Running(top, running.total * decay + weights.sum(-1), running.out * decay[..., None] + out)
+    weights = jnp.exp(scores - top[..., None]).astype(values.dtype)  # rounded before they are summed: one pass less
+    total = running.total * decay + weights.astype(jnp.float32).sum(-1)
+    by_value = weights.reshape(values.shape[batch_axis], -1, weights.shape[-1])
+    out = _dot(by_value, values, contract=(2, position_axis), batch=(0, batch_axis)).reshape(running.out.shape)
+    return _Running(top, total, running.out * decay[..., None] + out)
 
 
-def _dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    """Batched over axis 0, float32 out: products that asked for bfloat16 would leave XLA:CPU's fast path."""
-    dimensions: Any = (((contract[0],), (contract[1],)), ((0,), (0,)))
+def _dot(a: jax.Array, b: jax.Array, *, contract: tuple[int, int], batch: tuple[int, int]) -> jax.Array:
+    """float32 out: products that asked for bfloat16 would leave XLA:CPU's fast path.
+
+    Axes are named here instead of moved before: XLA would fold the move into a product it then widens to float32.
+    """
+    dimensions: Any = (((contract[0],), (contract[1],)), ((batch[0],), (batch[1],)))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)

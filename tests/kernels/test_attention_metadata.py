@@ -31,9 +31,8 @@ def test_decode_rows_come_longest_first_and_prefills_are_cut_into_tiles():
 
 def test_each_token_reads_its_own_result_and_padding_reads_the_zeros():
     metadata = build([3, 1], [3, 5], num_tokens=8)
-    decodes, tiles = len(metadata.decode_rows), len(metadata.tile_rows)
-    zeros = decodes + tiles * QUERY_TILE
-    assert metadata.output_rows.tolist() == [decodes, decodes + 1, decodes + 2, 0, *[zeros] * 4]
+    zeros = len(metadata.decode_rows)
+    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 4]
 
 
 def test_every_batch_that_fits_a_bucket_fits_its_tiles():
