@@ -89,13 +89,15 @@ def _draw_from_all(
     floor = _logit_floor(vocabulary, inputs)
     kth = lax.cond(ranked.any(), lambda: _kth_largest(vocabulary, inputs.top_k, ranked), lambda: floor)
     floor = jnp.where(ranked, jnp.maximum(floor, kth), floor)
-    tokens = _Remaining(vocabulary, floor, _inverse_temperature(inputs))
 
     def unfinished(state: _State) -> Bool[Array, ""]:
         return ~state[1].all()
 
     def draw_again(state: _State) -> _State:
         attempt, accepted, wanted, token_id, logit = state
+        # Tied to the round: XLA would else keep arrays of the vocabulary's size between rounds, and most have one.
+        row, _ = lax.optimization_barrier(((floor, vocabulary.max, _inverse_temperature(inputs)), attempt))
+        tokens = _Remaining(vocabulary, *row)
         sums = tokens.block_sums(_Pivot(token_id, logit))
         mass = sums.sum(axis=-1)  # before the last draw; in the first round, of all tokens
         is_first = attempt == 0
@@ -136,13 +138,14 @@ class _Remaining:
 
     vocabulary: Vocabulary
     floor: Float[Array, " rows"]
+    max: Float[Array, " rows"]
     inverse_temperature: Float[Array, " rows"]
 
     def weights(
         self, logits: Float[Array, "rows n block"], token_ids: Int[Array, "_ n block"], before: _Pivot
     ) -> Float[Array, "rows n block"]:
         """Weights of the tokens before the pivot, 0 of all others."""
-        floor, largest, scale = (a[:, None, None] for a in (self.floor, self.vocabulary.max, self.inverse_temperature))
+        floor, largest, scale = (a[:, None, None] for a in (self.floor, self.max, self.inverse_temperature))
         pivot_id, pivot = before.token_id[:, None, None], before.logit[:, None, None]
         keep = (logits >= floor) & ((logits > pivot) | ((logits == pivot) & (token_ids < pivot_id)))
         return jnp.where(keep, jnp.exp((logits - largest) * scale), 0)
@@ -168,7 +171,6 @@ def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"], wanted: Bool[Ar
     A row is done when k tokens reach its number; more passes would move the number and keep the same tokens. Only
     tokens that tie with the k-th are kept beyond k.
     """
-    ordered = _to_ordered(vocabulary.blocks)
 
     def unfinished(state: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         bit, _, separated = state
@@ -177,7 +179,7 @@ def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"], wanted: Bool[Ar
     def set_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         bit, found, separated = state
         guess = found | (jnp.uint32(1) << bit.astype(jnp.uint32))
-        count = (ordered >= guess[:, None, None]).sum(axis=(-1, -2), dtype=jnp.int32)
+        count = (vocabulary.blocks >= _from_ordered(guess)[:, None, None]).sum(axis=(-1, -2), dtype=jnp.int32)
         return bit - 1, jnp.where(count >= k, guess, found), separated | (count == k)
 
     state = (jnp.int32(31), jnp.zeros(k.shape, jnp.uint32), ~wanted)
@@ -185,14 +187,11 @@ def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"], wanted: Bool[Ar
 
 
 _SIGN = np.uint32(1 << 31)
-
-
-def _to_ordered(values: Float[Array, ...]) -> UInt32[Array, ...]:
-    """Integers in the order of the floats: 0 <= -inf < negative < positive < +inf."""
-    bits = lax.bitcast_convert_type(values, jnp.uint32)
-    return jnp.where(bits >= _SIGN, ~bits, bits | _SIGN)
+_LOWEST = np.uint32(0x007FFFFF)  # -inf; what is below would be a NaN
 
 
 def _from_ordered(ordered: UInt32[Array, " rows"]) -> Float[Array, " rows"]:
+    """Floats in the order of the integers: 0 ... _LOWEST is -inf, then negative, positive, +inf, NaN."""
+    ordered = jnp.maximum(ordered, _LOWEST)
     bits = jnp.where(ordered >= _SIGN, ordered ^ _SIGN, ~ordered)
     return lax.bitcast_convert_type(bits, jnp.float32)
