@@ -139,8 +139,12 @@ def _choose_device(config: Config) -> None:
         jax.config.update("jax_platforms", _PLATFORMS[device])
     try:
         platform = jax.devices()[0].platform
-    except RuntimeError as error:
-        raise ConfigError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError) as error:  # JAX asserts where a CUDA plugin is not installed
+        reason = next(iter(str(error).splitlines()), "JAX finds no such plugin")
+        raise ConfigError(
+            f"device {device!r} is not available: {reason}; install jaxserve with its extra (cuda12, cuda13, tpu), or "
+            "choose --device cpu"
+        ) from error
     logger.info("JAX %s on %s: %s", jax.__version__, platform, jax.devices()[0].device_kind)
 
 
