@@ -1,0 +1,130 @@
+"""Starts that cannot succeed: one line says what is wrong, the exit code is 2, and there is no traceback."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jaxserve.weights.source import resolve_source
+from tests.checkpoints import save_random_llama
+from tests.e2e.server import MODEL, ROOT, SMALL_SHAPES, command, environment
+from tests.e2e.tiny_model import TINY_SHAPES, write_tokenizer
+
+TIMEOUT_S = 60
+
+
+def start(model: str | Path, *arguments: str, shapes: tuple[str, ...] = TINY_SHAPES) -> str:
+    """Start a server that must fail; gives its last line of stderr."""
+    done = subprocess.run(
+        command("serve", str(model), *shapes, "--port", "0", *arguments),
+        cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert [line for line in lines if "error" in line.lower()] == lines[-1:], done.stderr
+    return lines[-1].removeprefix("jaxserve: error: ")
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A whole tiny model."""
+    return write_tokenizer(save_random_llama(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    "num_bytes", [100, 3_000_000, 60_000_000], ids=["in the header", "in the tables", "in the tensors"]
+)
+def test_a_truncated_gguf_file(tmp_path, num_bytes):
+    path = tmp_path / "model.gguf"
+    with open(resolve_source(MODEL).path, "rb") as whole:
+        path.write_bytes(whole.read(num_bytes))
+    message = start(path, shapes=SMALL_SHAPES)
+    assert str(path) in message
+    assert "truncated" in message or "ends" in message or "short" in message
+
+
+def test_a_truncated_safetensors_file(checkpoint):
+    path = checkpoint / "model.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1000)
+    message = start(checkpoint)
+    assert "model.safetensors" in message
+
+
+def test_a_missing_tokenizer(checkpoint):
+    (checkpoint / "tokenizer.json").unlink()
+    assert "holds no tokenizer: neither tokenizer.json nor" in start(checkpoint)
+
+
+def test_a_model_without_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    message = start(checkpoint)
+    assert str(checkpoint) in message and "safetensors" in message
+
+
+def test_a_config_with_a_typo(checkpoint):
+    path = checkpoint / "config.json"
+    config = json.loads(path.read_text())
+    config["num_attention_head"] = config.pop("num_attention_heads")
+    path.write_text(json.dumps(config))
+    assert "num_attention_heads" in start(checkpoint)
+
+
+def test_a_config_that_is_no_json(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(path.read_text()[:-20])
+    assert "config.json" in start(checkpoint)
+
+
+def test_a_config_that_does_not_fit_the_weights(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
+    message = start(checkpoint)
+    assert "mlp" in message and "96" in message and "128" in message
+
+
+def test_an_unknown_architecture(checkpoint):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT9"], "model_type": "gpt9"}))
+    assert "GPT9" in start(checkpoint)
+
+
+def test_a_model_that_is_not_there(tmp_path):
+    assert "neither an existing path nor a hub id" in start(tmp_path / "nothing")
+
+
+def test_a_port_in_use(checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert start(checkpoint, "--port", str(port)).startswith(f"cannot listen on 127.0.0.1:{port}: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--max-model-len", "100000"], ["max_model_len", "256"]),
+        (["--tensor-parallel-size", "7"], ["tensor_parallel_size", "7"]),
+        (["--device", "tpu"], ["tpu"]),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_or_the_machine(checkpoint, arguments, words):
+    message = start(checkpoint, *arguments)
+    assert [word for word in words if word not in message] == [], message
+
+
+def test_a_launch_file_with_a_typo(tmp_path):
+    path = tmp_path / "launch.yaml"
+    shutil.copy(ROOT / "configs" / "smollm2-135m.yaml", path)
+    path.write_text(path.read_text().replace("max-num-seqs", "max-num-seq"))
+    message = start(path, shapes=())
+    assert message.endswith("unknown setting 'max-num-seq'; did you mean 'max_num_seqs'?")
+    assert f"{path}:" in message
