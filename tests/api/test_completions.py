@@ -162,7 +162,7 @@ def test_every_sampling_field_reaches_the_engine(client: TestClient, engine: Fak
         "n": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "presence_penalty": 0.2,
         "frequency_penalty": 0.3, "repetition_penalty": 1.1, "allowed_token_ids": [1, 2], "bad_words": ["no"],
         "seed": 5, "max_tokens": 4, "min_tokens": 1, "stop_token_ids": [9], "include_stop_str_in_output": True,
-        "ignore_eos": True, "logprobs": 1, "skip_special_tokens": False, "spaces_between_special_tokens": False,
+        "ignore_eos": True, "logprobs": 1, "skip_special_tokens": False, "spaces_between_special_tokens": True,
         "truncate_prompt_tokens": 8,
     }  # fmt: skip
     complete(

@@ -1,0 +1,112 @@
+"""From plans to padded arrays: positions, KV slots, order of rows, padding."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxserve.runner.batch import BatchBuilder, empty_batch
+from jaxserve.runner.buckets import Bucket, Buckets
+from jaxserve.runner.packing import Packing
+from jaxserve.runner.slot_table import SlotTable
+from jaxserve.runner.step import ForwardBatch
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.plan import NewSlot, StepPlan
+
+BLOCK = 4
+
+
+def new_slot(slot: int, token_ids: list[int], block_ids: list[int], **params) -> NewSlot:
+    return NewSlot(
+        slot=slot,
+        request_id=f"r{slot}",
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids),
+        sampling_params=SamplingParams(**params),
+        stop_token_ids=[],
+        block_ids=block_ids,
+    )
+
+
+@pytest.fixture
+def slots() -> SlotTable:
+    table = SlotTable(max_num_seqs=4, max_blocks_per_seq=4)
+    plan = StepPlan(step_id=0)
+    plan.new_slots = [new_slot(1, [1] * 6, [5, 2]), new_slot(3, [1] * 3, [7])]
+    table.apply(plan)
+    return table
+
+
+@pytest.fixture
+def builder(slots: SlotTable) -> BatchBuilder:
+    return BatchBuilder(Buckets((4, 8), (2, 4)), slots, block_size=BLOCK)
+
+
+def plan_of(*rows: tuple[int, int, int, bool]) -> StepPlan:
+    """Rows of (slot, start, num_tokens, samples)."""
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    return StepPlan(
+        step_id=1,
+        request_ids=[f"r{slot}" for slot in columns[0]],
+        slots=columns[0],
+        starts=columns[1],
+        num_tokens=columns[2],
+        samples=columns[3],
+    )
+
+
+def test_rows_of_one_token_come_first_and_the_order_is_kept(builder: BatchBuilder) -> None:
+    batch = builder.build(plan_of((1, 0, 6, True), (3, 2, 1, True)))
+    assert batch.order.tolist() == [1, 0]
+    assert batch.bucket == Bucket(8, 4)
+    assert batch.token_slots.tolist() == [3, 1, 1, 1, 1, 1, 1, 0]
+    assert batch.positions.tolist() == [2, 0, 1, 2, 3, 4, 5, 0]
+    assert batch.last_tokens.tolist() == [0, 6, 0, 0]
+
+
+def test_kv_slots_follow_the_block_tables_and_padding_goes_to_block_0(builder: BatchBuilder) -> None:
+    batch = builder.build(plan_of((1, 3, 3, True)))
+    assert batch.kv_slots.tolist() == [5 * BLOCK + 3, 2 * BLOCK, 2 * BLOCK + 1, 0]
+
+
+def test_a_row_that_does_not_sample_writes_to_slot_0(builder: BatchBuilder) -> None:
+    batch = builder.build(plan_of((1, 0, 2, False), (3, 0, 3, True)))
+    assert batch.sample_slots.tolist() == [0, 3, 0, 0]
+    assert batch.write_positions[:2].tolist() == [2, 3]
+
+
+def test_appended_blocks_are_found(builder: BatchBuilder, slots: SlotTable) -> None:
+    slots.apply(StepPlan(step_id=1, new_blocks=[(3, [9]), (3, [4])]))
+    batch = builder.build(plan_of((3, 8, 1, True)))
+    assert batch.kv_slots[0] == 4 * BLOCK
+
+
+def test_a_slot_taken_again_forgets_its_last_owner(builder: BatchBuilder, slots: SlotTable) -> None:
+    slots.apply(StepPlan(step_id=1, new_slots=[new_slot(1, [1, 2], [8], logprobs=3, prompt_logprobs=2)]))
+    assert slots.block_tables[1].tolist() == [8, 0, 0, 0]
+    assert slots.num_logprobs == {1: 3}
+    assert slots.prompt_logprobs[1].token_ids.tolist() == [1, 2]
+    slots.apply(StepPlan(step_id=2, new_slots=[new_slot(1, [3], [6])]))
+    assert slots.num_logprobs == {}
+    assert slots.prompt_logprobs == {}
+
+
+def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBuilder) -> None:
+    batch = builder.build(plan_of((1, 0, 5, True), (3, 2, 1, False)))
+    padding = empty_batch(batch.bucket, block_size=BLOCK, blocks_per_seq=4)
+    packing = Packing(ForwardBatch.from_host(padding))
+    packed = packing.pack(ForwardBatch.from_host(batch))
+    unpacked = packing.unpack(packed)
+    np.testing.assert_array_equal(unpacked.positions, batch.positions)
+    np.testing.assert_array_equal(unpacked.metadata.kv_lens, batch.metadata.kv_lens)
+
+
+def test_a_step_beyond_the_largest_bucket_is_refused(builder: BatchBuilder) -> None:
+    with pytest.raises(ValueError, match="largest bucket"):
+        builder.build(plan_of((1, 0, 9, True)))
+
+
+def test_packing_refuses_other_shapes() -> None:
+    packing = Packing({"a": np.zeros(3, np.int32)})
+    with pytest.raises(ValueError, match="packing wants"):
+        packing.pack({"a": np.zeros(4, np.int32)})
