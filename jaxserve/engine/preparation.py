@@ -19,7 +19,6 @@ from jaxserve.tokenizer.tokenizer import Tokenizer
 from jaxserve.weights.source import resolve_source
 
 MAX_CHARS_PER_TOKEN = 128  # the longest tokens of large vocabularies are runs of 128 spaces
-MAX_INLINE_CHARS = 4096  # tokenised in a millisecond or so; longer texts belong into a thread of their own
 SEED_LIMIT = 2**53 - MAX_N  # so that the seeds of all n sequences are exact in JSON
 
 
@@ -90,7 +89,7 @@ class RequestPreparer:
                     f"the prompt has {len(prompt)} characters, which cannot fit the model's context of "
                     f"{self._max_model_len} tokens; shorten it"
                 )
-            token_ids = self._encode(prompt, add_special_tokens)
+            token_ids = self._tokenizer.encode(prompt, add_special_tokens)
         else:
             token_ids = self._checked_token_ids(prompt, param="prompt")
         if not token_ids:
@@ -98,16 +97,6 @@ class RequestPreparer:
         if params.truncate_prompt_tokens is not None:
             token_ids = token_ids[-params.truncate_prompt_tokens :]
         return token_ids
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if len(text) <= MAX_INLINE_CHARS:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        # In the library, only the batch calls let go of the interpreter's lock, and so let other threads run.
-        try:
-            batch = self._tokenizer.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
-        except (UnicodeEncodeError, TypeError) as error:
-            raise InvalidRequestError("the prompt holds lone surrogates, which are not valid Unicode") from error
-        return batch[0].ids
 
     def _checked_token_ids(self, values: list[int], *, param: str) -> list[int]:
         try:

@@ -15,14 +15,14 @@ from jaxserve.engine.child import EngineChild
 from jaxserve.engine.client import EngineHealth, EngineState, ModelInfo
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.live_requests import LiveRequests
-from jaxserve.engine.preparation import MAX_INLINE_CHARS, PreparedRequest, RequestPreparer, load_tokenizer, model_info
+from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, load_tokenizer, model_info
 from jaxserve.engine.process import DEFAULT_CORE
 from jaxserve.engine.supervisor import EngineSupervisor
 from jaxserve.errors import EngineDeadError, ServerDrainingError
 from jaxserve.metrics import ServerMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.tokenizer.tokenizer import Tokenizer
+from jaxserve.tokenizer.tokenizer import MAX_INLINE_CHARS, Tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,8 @@ from jaxserve.tokenizer.decoding import DecoderKind, Decoding, byte_level_bytes,
 from jaxserve.tokenizer.tokenizer_files import TokenizerFiles, read_tokenizer_files
 from jaxserve.weights.source import ModelSource, resolve_source
 
+MAX_INLINE_CHARS = 4096  # tokenised in a millisecond or so; longer texts belong into a thread of their own
+
 
 class Tokenizer:
     """A model's tokenizer. Nothing changes after construction: any thread may call it at any time."""
@@ -45,7 +47,10 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids; special tokens written in the text are recognised."""
         try:
-            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= MAX_INLINE_CHARS:
+                return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # In the library, only the batch calls let go of the interpreter's lock, and so let other threads run.
+            return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequestError("the text holds lone surrogates, which are not valid Unicode") from error
 

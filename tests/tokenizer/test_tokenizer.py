@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -101,6 +102,21 @@ def test_a_tokenizer_with_another_decoder_still_names_bytes():
 def test_lone_surrogates_are_the_requests_fault(smollm2):
     with pytest.raises(InvalidRequestError, match="surrogates"):
         smollm2.encode("a\ud800b")
+
+
+def test_long_text_is_tokenised_as_short_text_is_and_lets_other_threads_run(smollm2):
+    line = "A line of text, with <|im_end|> and 12 numbers.\n"
+    assert smollm2.encode(line * 300) == smollm2.encode(line) * 300
+    with pytest.raises(InvalidRequestError, match="surrogates"):
+        smollm2.encode("\ud800" * 5000)
+
+    with ThreadPoolExecutor(1) as pool:
+        tokenising = pool.submit(smollm2.encode, "x" * 1_000_000)
+        num_turns = 0
+        while not tokenising.done():
+            time.sleep(0.001)
+            num_turns += 1
+    assert num_turns > 20
 
 
 def test_many_threads_get_the_same_tokens(smollm2):
