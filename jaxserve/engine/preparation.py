@@ -133,18 +133,39 @@ class RequestPreparer:
                 f"context has room for {room}",
                 param="min_tokens",
             )
-        return replace(
+        completed = replace(
             params,
             max_tokens=max_tokens,
             seed=self._seeds.randrange(SEED_LIMIT) if params.seed is None else params.seed,
             bad_words_token_ids=self._bad_words_token_ids(params),
         )
+        self._check_a_token_is_left(completed)
+        return completed
+
+    def _check_a_token_is_left(self, params: SamplingParams) -> None:
+        """Of allowed_token_ids, one must be free at every position."""
+        if params.allowed_token_ids is None:
+            return
+        left = set(params.allowed_token_ids) - {sequence[-1] for sequence in params.bad_words_token_ids or ()}
+        if params.min_tokens:
+            left -= {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos_token_ids)}
+        if not left:
+            raise InvalidRequestError(
+                "allowed_token_ids leaves no token to choose: each one could be forbidden by bad_words, or by "
+                "min_tokens, which holds back the end of text and stop_token_ids; allow another token",
+                param="allowed_token_ids",
+            )
 
     def _bad_words_token_ids(self, params: SamplingParams) -> list[list[int]] | None:
         """Each bad word as tokens, as it reads at the start of a text and after a space."""
         given = params.bad_words_token_ids or ()
         sequences = [self._checked_token_ids(sequence, param="bad_words") for sequence in given]
         for word in params.bad_words or ():
+            if len(word) > MAX_BAD_WORD_TOKENS * MAX_CHARS_PER_TOKEN:
+                raise InvalidRequestError(
+                    f"a bad word must have 1 to {MAX_BAD_WORD_TOKENS} tokens, one has {len(word)} characters",
+                    param="bad_words",
+                )
             bare = self._tokenizer.encode(word.lstrip(" ") or word, add_special_tokens=False)
             spaced = self._tokenizer.encode(" " + word.lstrip(" "), add_special_tokens=False)
             sequences.append(bare)

@@ -134,3 +134,35 @@ def test_bad_words_are_banned_with_and_without_a_space(prepare, tokenizer):
 def test_a_bad_word_of_too_many_tokens_is_refused(prepare):
     with pytest.raises(InvalidRequestError, match="1 to 16 tokens, one has 17"):
         prepare(bad_words=["a" * 17])
+
+
+def test_a_bad_word_of_endless_characters_is_not_even_tokenised(prepare):
+    with pytest.raises(InvalidRequestError, match="1 to 16 tokens, one has 100000 characters"):
+        prepare(bad_words=["a" * 100_000])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [EOS], "min_tokens": 2},
+        {"allowed_token_ids": [5, EOS], "stop_token_ids": [5], "min_tokens": 1},
+        {"allowed_token_ids": [5], "bad_words_token_ids": [[5]]},
+        {"allowed_token_ids": [5, 6], "bad_words_token_ids": [[6, 5], [6]]},
+    ],
+)
+def test_rules_that_leave_no_token_to_choose_are_refused(prepare, fields):
+    with pytest.raises(InvalidRequestError, match="leaves no token to choose") as raised:
+        prepare(**fields)
+    assert raised.value.param == "allowed_token_ids"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [EOS]},
+        {"allowed_token_ids": [EOS], "min_tokens": 2, "ignore_eos": True},
+        {"allowed_token_ids": [5, 6], "bad_words_token_ids": [[6, 5]], "stop_token_ids": [5], "min_tokens": 1},
+    ],
+)
+def test_rules_that_leave_a_token_are_taken(prepare, fields):
+    assert prepare(**fields).params.allowed_token_ids == fields["allowed_token_ids"]
