@@ -8,6 +8,7 @@ from contextlib import aclosing
 
 from api.state import ServerState
 from api.to_engine import Job, engine_request_id
+from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import RequestOutput
 
 IndexedOutput = tuple[int, RequestOutput]  # which of the job's prompts, and its news
@@ -48,6 +49,10 @@ async def _outputs_of_prompt(state: ServerState, job: Job, prompt_index: int) ->
     try:
         async for output in iterator:
             yield output
+    except InvalidRequestError as error:
+        if error.param == "prompt":  # the engine's word for it
+            error.param = job.prompt_field
+        raise
     finally:
         state.in_flight.request_ids.discard(request_id)
         await _close(iterator)

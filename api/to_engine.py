@@ -25,6 +25,7 @@ class Job:
 
     reply_id: str  # "cmpl-..." or "chatcmpl-..."
     prompts: Sequence[str | list[int]]
+    prompt_field: str  # of the body, which the prompts came from
     params: SamplingParams
     add_special_tokens: bool
     priority: int
@@ -40,6 +41,7 @@ def completion_job(request: CompletionRequest, engine: EngineClient, request_id:
     return Job(
         reply_id=f"cmpl-{reply_id(request, request_id)}",
         prompts=request.prompt,
+        prompt_field="prompt",
         params=_sampling_params(
             request,
             engine.model_info,
@@ -62,6 +64,7 @@ def chat_job(request: ChatRequest, engine: EngineClient, template: ChatTemplate 
     return Job(
         reply_id=f"chatcmpl-{reply_id(request, request_id)}",
         prompts=[prompt],
+        prompt_field="messages",
         params=_sampling_params(
             request,
             engine.model_info,
