@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.server import NAME
 
+EOS = 2
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 PROMPT: dict[str, Any] = {"prompt": "Hello", "max_tokens": 2}
 MESSAGES: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
@@ -34,7 +35,7 @@ WRONG_IN_BOTH: list[tuple[str, list[Any]]] = [
     ("logit_bias", [{"x": 1}, {"-1": 1}, {"49152": 1}, {"5": 101}, {"5": "a"}, {"5": None}, [1], 5,
                     {str(token): 1 for token in range(1025)}]),
     ("allowed_token_ids", [[], [-1], [10**9], "x", [True]]),
-    ("bad_words", [[""], "x", [5], ["x"] * 65, ["many words " * 30]]),
+    ("bad_words", [[""], "x", [5], ["x"] * 65, ["many words " * 30], ["x" * 200_000] * 64]),
     ("min_tokens", [-1, 3, 10**12, "x"]),
     ("prompt_logprobs", [-1, 21, 999, "x", True]),
     ("truncate_prompt_tokens", [0, -2, 10**12, "x"]),
@@ -66,7 +67,8 @@ WRONG_IN_CHATS: list[tuple[str, list[Any]]] = [
                   [{"role": "king", "content": "x"}], [{"role": "user", "content": 5}],
                   [{"role": "user", "content": []}],
                   [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}],
-                  [{"role": "user", "content": "x", "colour": "red"}]]),
+                  [{"role": "user", "content": "x", "colour": "red"}],
+                  [{"role": "user", "content": "word " * 600}], [{"role": "user", "content": "word " * 60_000}]]),
     ("logprobs", [5, "x"]),
     ("top_logprobs", [2]),  # without logprobs
     ("max_completion_tokens", [-1, 3, "x"]),
@@ -191,6 +193,18 @@ def test_unknown_routes_and_methods_are_refused(http, method, path, status):
 )
 def test_the_token_routes_check_their_bodies(http, path, body, field):
     check_error(http.post(path, json=body), names=field)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"allowed_token_ids": [EOS], "min_tokens": 2},
+        {"allowed_token_ids": [504], "stop_token_ids": [504], "min_tokens": 2},
+        {"allowed_token_ids": [504], "bad_words": ["The"]},
+    ],
+)
+def test_rules_that_leave_no_token_are_refused(http, fields):
+    check_error(http.post(COMPLETION, json=PROMPT | fields), names="allowed_token_ids", status=400)
 
 
 def test_openai_raises_its_own_errors(client):

@@ -6,8 +6,11 @@ import json
 import re
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 
+import httpx
 import pytest
 
 from tests.e2e.server import MAX_MODEL_LEN, MODEL, NAME, ROOT
@@ -92,3 +95,16 @@ def test_the_openai_example_of_the_readme_prints_an_answer(server):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout) > 8
+
+
+def test_a_large_text_to_tokenise_holds_up_nobody(http, server):
+    with ThreadPoolExecutor() as threads:
+        tokenising = threads.submit(http.post, "/tokenize", json={"prompt": "x" * 3_000_000})
+        slowest_s = 0.0
+        begin_s = time.monotonic()
+        while not tokenising.done():
+            asked_s = time.monotonic()
+            assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
+            slowest_s = max(slowest_s, time.monotonic() - asked_s)
+    assert tokenising.result().json()["count"] == 750_000
+    assert slowest_s < (time.monotonic() - begin_s) / 2
