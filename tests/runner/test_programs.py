@@ -1,0 +1,78 @@
+"""What the compiled step must not do: copy a pool, or compile after ready."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.cache.kv_cache import KVCacheSpec
+from jaxserve.config import ModelSettings
+from jaxserve.layers.attention import AttentionBackend
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.compilation import CompileGuard, compile_all
+from jaxserve.runner.loading import open_model
+from jaxserve.runner.model_graph import ModelGraph
+from jaxserve.runner.programs import Programs, ProgramShapes
+from tests.checkpoints import save_random_llama
+
+NUM_BLOCKS = 1777  # a number that no other array of the step has
+BLOCK_SIZE = 16
+
+
+def programs_of(folder: Path, dtype: str) -> tuple[Programs, ProgramShapes]:
+    files = open_model(ModelSettings(model=str(folder), dtype=dtype))
+    graph = ModelGraph(files.decoder, dtype=files.dtype, backend=AttentionBackend(mesh=make_mesh()))
+    spec = KVCacheSpec(
+        num_layers=files.decoder.num_layers,
+        num_kv_heads=files.decoder.num_kv_heads,
+        head_dim=files.decoder.head_dim,
+        block_size=BLOCK_SIZE,
+        dtype=files.dtype,
+    )
+    shapes = ProgramShapes(
+        buckets=Buckets((2, 128), (2, 16)), kv_spec=spec, num_blocks=NUM_BLOCKS, max_num_seqs=16, max_model_len=256
+    )
+    return Programs(graph, shapes), shapes
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_tokens", [2, 128])
+def test_the_step_copies_no_pool(tmp_path: Path, dtype: str, num_tokens: int) -> None:
+    programs, shapes = programs_of(save_random_llama(tmp_path), dtype)
+    compiled = programs.lower_forward(shapes.buckets.pick(num_tokens)).compile()
+    pool = rf"(?:{NUM_BLOCKS},{BLOCK_SIZE}|{NUM_BLOCKS * BLOCK_SIZE}),[\d,]*\]"
+    text = compiled.as_text()
+    assert re.search(pool, text), "the pattern finds the pools at all"
+    assert not re.findall(rf"= \w+\[{pool}\S* (?:copy|convert|transpose|concatenate)\(", text)
+    pool_bytes = shapes.kv_spec.block_bytes * NUM_BLOCKS
+    assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
+    assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
+
+
+def test_the_guard_counts_compiles_only_while_armed() -> None:
+    guard = CompileGuard()
+    double = jax.jit(lambda x: x * 2 + 1)
+    double(jnp.ones(3))
+    assert guard.num_compiles == 0
+    guard.arm()
+    double(jnp.ones(3))
+    assert guard.num_compiles == 0
+    double(jnp.ones(5))
+    assert guard.num_compiles >= 1
+    guard.disarm()
+    counted = guard.num_compiles
+    double(jnp.ones(7))
+    assert guard.num_compiles == counted
+
+
+def test_the_first_error_ends_the_compilation() -> None:
+    def fail() -> jax.stages.Lowered:
+        raise ValueError("no such shape")
+
+    with pytest.raises(ValueError, match="no such shape"):
+        compile_all({"bad": fail, "good": lambda: jax.jit(lambda x: x).lower(jnp.ones(2))}, num_threads=1)
