@@ -4,8 +4,8 @@ Decode: rows of one token, sorted by length, in groups of DECODE_GROUP; each gro
 Prefill: tiles of up to QUERY_TILE tokens of one row, one after the other; each walks its row's keys in chunks.
 
 Both keep a running maximum, sum and output (online softmax), so nothing has the size of the context, and no shape
-depends on it. A chunk is gathered slot by slot: positions outside of what a row may see are clamped to the nearest one
-it sees, so that unwritten slots are never read, and then masked.
+depends on it. A chunk is gathered slot by slot, from slots that are known for the whole step (`slots`): positions that
+a row does not see have the slot of the nearest one it sees, so that unwritten slots are never read, and are masked.
 
 What XLA:CPU wants (measured): bfloat16 products that ask for float32 results; keys on the left-hand side, because the
 right-hand side is repacked before every product; whole rows of all KV heads in one gather. Heads therefore stay
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.numerics import MASKED, from_storage
 from pallas_kernels.paged_attention.metadata import DECODE_GROUP, QUERY_TILE, AttentionMetadata
+from pallas_kernels.paged_attention.slots import decode_slots, row_slots
 
 _DECODE_CHUNK = 128  # positions
 _PREFILL_CHUNK = 128  # positions
@@ -43,11 +44,14 @@ class _Scoring(NamedTuple):
         scores = products * self.scale
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
 
-    def first_visible(self, positions: jax.Array) -> jax.Array:
-        """The first position that queries at `positions` see."""
-        if self.sliding_window is None:
-            return jnp.zeros_like(positions)
-        return jnp.maximum(positions - (self.sliding_window - 1), 0)
+    def first_visible(self, position: jax.Array) -> jax.Array | None:
+        """The first position that a query at `position` sees; None: every query sees the first of all."""
+        return None if self.sliding_window is None else jnp.maximum(position - (self.sliding_window - 1), 0)
+
+    def visible(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """Which of the positions `keys` queries at the positions `queries` see."""
+        past = keys <= queries
+        return past if self.sliding_window is None else past & (keys > queries - self.sliding_window)
 
 
 class _Pools(NamedTuple):
@@ -60,7 +64,7 @@ class _Pools(NamedTuple):
 
     def fetch(self, pool: jax.Array, slots: jax.Array) -> jax.Array:
         """[*slots.shape, width] in the dtype that products are computed in."""
-        rows = from_storage(pool.at[slots].get(mode="promise_in_bounds", wrap_negative_indices=False))
+        rows = from_storage(_take(pool, slots))
         return rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows  # float16 products are slow on CPU
 
 
@@ -79,27 +83,30 @@ def paged_attention_xla(
     width = kv_heads * head_dim
     pools = _Pools(k_pool.reshape(-1, width), v_pool.reshape(-1, width), block_size, kv_heads)
     scoring = _Scoring(scale, sliding_window, soft_cap)
-    parts = [_decode(q, pools, metadata, scoring), jnp.zeros((1, *q.shape[1:]), jnp.float32)]
+    decoded = _decode(q, pools, metadata, scoring)
     if metadata.tile_tokens.shape[0]:
-        parts.append(_prefill(q, pools, metadata, scoring))
-    return jnp.concatenate(parts)[metadata.output_rows].astype(q.dtype)
+        out = _prefill(q, decoded, pools, metadata, scoring)
+    else:
+        out = jnp.pad(decoded, ((0, 1), (0, 0), (0, 0)))
+    return _take(out, metadata.output_rows).astype(q.dtype)
 
 
 def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
     """f32[decodes, q_heads, head_dim]; anything past num_decodes."""
-    q = q[metadata.decode_tokens]
+    q = _take(q, metadata.decode_tokens)
     decodes = q.shape[0]
     group = min(DECODE_GROUP, decodes)
+    window = scoring.sliding_window
+    slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=_DECODE_CHUNK, sliding_window=window)
+    if group == decodes:
+        return _decode_group(q, pools, slots_of, metadata.decode_lens, jnp.int32(0), scoring)
 
     def attend(index: jax.Array, out: jax.Array) -> jax.Array:
-        def rows_of(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, index * group, group)
+        start = index * group
+        queries, lens = _slice(q, start, group), _slice(metadata.decode_lens, start, group)
+        return _update(out, _decode_group(queries, pools, slots_of, lens, start, scoring), start)
 
-        lens = rows_of(metadata.decode_lens)
-        attended = _decode_group(rows_of(q), pools, metadata.block_tables, rows_of(metadata.decode_rows), lens, scoring)
-        return jax.lax.dynamic_update_slice_in_dim(out, attended, index * group, 0)
-
-    num_groups = (metadata.num_decodes + (group - 1)) // group
+    num_groups = jax.lax.div(metadata.num_decodes + (group - 1), jnp.int32(group))
     # Zeros would do as well, but XLA lifts constants of all layers to the start of the step and keeps them there.
     return jax.lax.fori_loop(0, num_groups, attend, q.astype(jnp.float32))
 
@@ -107,28 +114,27 @@ def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _
 def _decode_group(
     q: jax.Array,  # [rows, q_heads, head_dim]
     pools: _Pools,
-    block_tables: jax.Array,
-    table_rows: jax.Array,  # i32[rows]
-    lens: jax.Array,  # i32[rows]
+    slots_of: jax.Array,  # i32[decodes, positions]
+    lens: jax.Array,  # i32[rows], falling
+    start: jax.Array,  # i32[], the group's first decode row
     scoring: _Scoring,
 ) -> jax.Array:
     rows, heads, head_dim = q.shape
     spread = _spread_heads(q, pools.kv_heads)
-    first, last = scoring.first_visible(lens - 1), jnp.maximum(lens - 1, 0)  # i32[rows]
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
-        positions = chunk * _DECODE_CHUNK + jnp.arange(_DECODE_CHUNK, dtype=jnp.int32)
-        seen = jnp.clip(positions, first[:, None], last[:, None])  # i32[rows, chunk]
-        slots = _slots(block_tables, table_rows[:, None], seen, pools.block_size)
+        first = chunk * _DECODE_CHUNK
+        slots = _slice(slots_of, (start, first), (rows, _DECODE_CHUNK))
         keys = pools.fetch(pools.k, slots)  # [rows, chunk, width]
         products = _dot(keys, spread.astype(keys.dtype), contract=(2, 2), batch=(0, 0))  # [rows, chunk, q_heads]
         # Without the barrier XLA folds the transpose into the product, which then repacks the keys.
         scores = scoring(jax.lax.optimization_barrier(products).swapaxes(1, 2))
-        scores = jnp.where((positions == seen)[:, None], scores, MASKED)
+        visible = scoring.visible(lens[:, None] - 1, first + jnp.arange(_DECODE_CHUNK, dtype=jnp.int32))
+        scores = jnp.where(visible[:, None], scores, MASKED)
         return _accumulate(running, scores, pools.fetch(pools.v, slots), value_axes=(1, 0))
 
-    first_of_all = jnp.min(jnp.where(lens > 0, first, jnp.max(first)))  # padding must not stretch a window to 0
-    chunks = _chunk_range(first_of_all, jnp.max(last), _DECODE_CHUNK)
+    shortest = jnp.min(jnp.where(lens > 0, lens, lens[0]))  # padding must not stretch a window to 0
+    chunks = _chunk_range(scoring.first_visible(shortest - 1), lens[0], _DECODE_CHUNK)
     running = jax.lax.fori_loop(*chunks, step, _nothing_seen((rows, heads), pools.k.shape[1]))
     out = running.out / running.total[..., None]  # [rows, q_heads, width]
     out = out.reshape(rows, pools.kv_heads, -1, pools.kv_heads, head_dim)
@@ -136,64 +142,86 @@ def _decode_group(
     return jnp.stack(own, axis=1).reshape(q.shape)
 
 
-def _prefill(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
-    """f32[tokens + QUERY_TILE, q_heads, head_dim]; anything where a token is in no tile.
+def _prefill(
+    q: jax.Array, decoded: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring
+) -> jax.Array:
+    """f32[decodes + 1 + tokens + QUERY_TILE, q_heads, head_dim]: `decoded`, one row of zeros, then each token's result.
 
     A tile writes QUERY_TILE tokens however many it has: later tiles, whose tokens follow, set right what is theirs.
     """
     heads, head_dim = q.shape[1:]
-    q = jnp.pad(q, ((0, QUERY_TILE), (0, 0), (0, 0)))  # a tile may reach past the last token
+    window = scoring.sliding_window
+    slots_of = row_slots(metadata, block_size=pools.block_size, chunk=_PREFILL_CHUNK, sliding_window=window)
+    q = jnp.pad(q, ((1, QUERY_TILE), (0, 0), (0, 0)))  # a tile may reach past the last token
 
     def attend(tile: jax.Array, out: jax.Array) -> jax.Array:
-        token = metadata.tile_tokens[tile]
-        queries = jax.lax.dynamic_slice_in_dim(q, token, QUERY_TILE)
+        token, row, start, length = (
+            _scalar(x, tile)
+            for x in (metadata.tile_tokens, metadata.tile_rows, metadata.tile_positions, metadata.tile_lens)
+        )
+        queries = _slice(q, token + 1, QUERY_TILE)
         queries = queries.reshape(QUERY_TILE, pools.kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-        start = metadata.tile_positions[tile]
-        end = start + metadata.tile_lens[tile]
-        attended = _prefill_tile(queries, pools, metadata.block_tables[metadata.tile_rows[tile]], start, end, scoring)
+        attended = _prefill_tile(queries, pools, slots_of, row, start, length, scoring)
         attended = attended.transpose(2, 0, 1, 3).reshape(QUERY_TILE, heads, head_dim)
-        return jax.lax.dynamic_update_slice_in_dim(out, attended, token, 0)
+        return _update(out, attended, token + (decoded.shape[0] + 1))
 
-    return jax.lax.fori_loop(0, metadata.num_tiles, attend, q.astype(jnp.float32))
+    return jax.lax.fori_loop(0, metadata.num_tiles, attend, jnp.concatenate([decoded, q.astype(jnp.float32)]))
 
 
 def _prefill_tile(
     q: jax.Array,  # [kv_heads, group, QUERY_TILE, head_dim]
     pools: _Pools,
-    block_table: jax.Array,  # i32[blocks_per_seq]
+    slots_of: jax.Array,  # i32[rows, positions]
+    row: jax.Array,  # i32[]
     start: jax.Array,  # i32[], position of the first query
-    end: jax.Array,  # i32[], position after the last query
+    length: jax.Array,  # i32[], queries
     scoring: _Scoring,
 ) -> jax.Array:
-    """f32[kv_heads, group, QUERY_TILE, head_dim]; queries past `end` get what the last position gives them."""
+    """f32[kv_heads, group, QUERY_TILE, head_dim]; anything for queries past `length`."""
     kv_heads, group, _, head_dim = q.shape
-    query_positions = jnp.minimum(start + jnp.arange(QUERY_TILE, dtype=jnp.int32), end - 1)
-    first = scoring.first_visible(query_positions)  # i32[QUERY_TILE]
+    query_positions = start + jnp.arange(QUERY_TILE, dtype=jnp.int32)
     flat_q = q.reshape(kv_heads, group * QUERY_TILE, head_dim)
 
     def fetch(pool: jax.Array, slots: jax.Array) -> jax.Array:
         return pools.fetch(pool, slots).reshape(-1, kv_heads, head_dim)  # [chunk, kv_heads, head_dim]
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
-        positions = chunk * _PREFILL_CHUNK + jnp.arange(_PREFILL_CHUNK, dtype=jnp.int32)
-        seen = jnp.clip(positions, first[0], end - 1)
-        slots = _slots(block_table[None], jnp.zeros((), jnp.int32), seen, pools.block_size)
+        first = chunk * _PREFILL_CHUNK
+        slots = _slice(slots_of, (row, first), (1, _PREFILL_CHUNK))[0]
         keys = fetch(pools.k, slots)
         products = _dot(flat_q.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1))
         scores = scoring(products.reshape(kv_heads * group, QUERY_TILE, _PREFILL_CHUNK))
-        visible = (positions <= query_positions[:, None]) & (positions >= first[:, None])
+        visible = scoring.visible(query_positions[:, None], first + jnp.arange(_PREFILL_CHUNK, dtype=jnp.int32))
         scores = jnp.where(visible, scores, MASKED)
         return _accumulate(running, scores, fetch(pools.v, slots), value_axes=(0, 1))
 
-    chunks = _chunk_range(first[0], end - 1, _PREFILL_CHUNK)
+    chunks = _chunk_range(scoring.first_visible(start), start + length, _PREFILL_CHUNK)
     running = jax.lax.fori_loop(*chunks, step, _nothing_seen((kv_heads * group, QUERY_TILE), head_dim))
     return (running.out / running.total[..., None]).reshape(q.shape)
 
 
-def _slots(block_tables: jax.Array, rows: jax.Array, positions: jax.Array, block_size: int) -> jax.Array:
-    """Where `positions` of table rows `rows` lie in the flattened pool."""
-    blocks = block_tables.at[rows, positions // block_size].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return blocks * block_size + positions % block_size
+# Indices below are never negative, and say so: XLA would otherwise wrap each of them.
+
+
+def _take(x: jax.Array, rows: jax.Array) -> jax.Array:
+    return x.at[rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
+
+
+def _scalar(x: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_slice(x, (index,), (1,), allow_negative_indices=False)[0]
+
+
+def _slice(x: jax.Array, start: jax.Array | tuple[jax.Array, ...], size: int | tuple[int, ...]) -> jax.Array:
+    """`size` elements from `start` on, of the leading axes; of the others all."""
+    starts, sizes = (start if isinstance(start, tuple) else (start,)), (size if isinstance(size, tuple) else (size,))
+    rest = x.ndim - len(starts)
+    starts, sizes = (*starts, *[jnp.int32(0)] * rest), (*sizes, *x.shape[len(sizes) :])
+    return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+
+
+def _update(x: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
+    starts = (start, *[jnp.int32(0)] * (x.ndim - 1))
+    return jax.lax.dynamic_update_slice(x, rows, starts, allow_negative_indices=False)
 
 
 def _spread_heads(q: jax.Array, kv_heads: int) -> jax.Array:
@@ -204,8 +232,10 @@ def _spread_heads(q: jax.Array, kv_heads: int) -> jax.Array:
     return jnp.where(own, by_head, 0).reshape(rows, heads, kv_heads * head_dim)
 
 
-def _chunk_range(first: jax.Array, last: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    return first // size, last // size + 1
+def _chunk_range(first: jax.Array | None, end: jax.Array, size: int) -> tuple[jax.Array | int, jax.Array]:
+    """The chunks that hold the positions [first, end)."""
+    lower = 0 if first is None else jax.lax.div(first, jnp.int32(size))
+    return lower, jax.lax.div(end + (size - 1), jnp.int32(size))
 
 
 def _nothing_seen(queries: tuple[int, ...], width: int) -> _Running:
