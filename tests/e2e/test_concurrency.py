@@ -21,7 +21,7 @@ def request(number: int) -> dict[str, Any]:
     return {
         "model": NAME,
         "prompt": f"{COMMON * (number % 3)}Chapter {number}, about {topic}. It was",
-        "max_tokens": 6 + number % 5,
+        "max_tokens": 4 + number % 4,
         "extra_body": {"ignore_eos": True},
     } | sampling
 
@@ -39,4 +39,4 @@ async def test_requests_at_once_get_the_answers_they_get_alone(async_client):
     together = await asyncio.gather(*(answer(async_client, number) for number in range(NUM_REQUESTS)))
     alone = [await answer(async_client, number) for number in range(NUM_REQUESTS)]
     assert together == alone
-    assert len(set(alone)) == NUM_REQUESTS
+    assert len(set(alone)) > NUM_REQUESTS * 0.8  # short answers may coincide
