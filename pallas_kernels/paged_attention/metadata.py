@@ -11,7 +11,7 @@ import numpy as np
 from pallas_kernels.compat import register_pytree_dataclass
 
 QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
-DECODE_GROUP = 16  # one-token rows that are computed together
+DECODE_GROUP = 16  # decodes (tokens that walk their keys alone) that are computed together
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,15 +24,16 @@ class AttentionMetadata:
         token        0 1 2 3 4 | 5 | 6 | 7 8 | 9  10
         computed by  tile 0    | decode  | tile 1 | nobody
 
+    A bucket of up to DECODE_GROUP tokens has no tiles: each token is a decode of its own, that of a longer row too.
     Shapes depend only on the token and row buckets, the widest block table, and whether there are tiles at all.
     """
 
     query_starts: jax.Array  # i32[rows + 1], first token of each row; the last entry and padding rows: num tokens
     kv_lens: jax.Array  # i32[rows], tokens of the sequence after this step, 0 for padding rows
     block_tables: jax.Array  # i32[rows, blocks_per_seq], 0 past a sequence's end
-    decode_tokens: jax.Array  # i32[decodes], tokens of one-token rows, by falling kv length; 0 past num_decodes
+    decode_tokens: jax.Array  # i32[decodes], tokens computed alone, by falling length; 0 past num_decodes
     decode_rows: jax.Array  # i32[decodes], the row of each
-    decode_lens: jax.Array  # i32[decodes], its kv length, 0 past num_decodes
+    decode_lens: jax.Array  # i32[decodes], the positions it sees were there no window, 0 past num_decodes
     num_decodes: jax.Array  # i32[]
     tile_tokens: jax.Array  # i32[tiles], first token of up to QUERY_TILE tokens of one row
     tile_rows: jax.Array  # i32[tiles]
@@ -46,22 +47,22 @@ _FIELDS = tuple(field.name for field in dataclasses.fields(AttentionMetadata))
 register_pytree_dataclass(AttentionMetadata, _FIELDS)
 
 
-def num_decode_slots(rows: int) -> int:
-    """Length of the decode plan for a row bucket: rows, rounded up to whole groups.
+def plan_sizes(*, num_tokens: int, num_rows: int, has_prefill: bool) -> tuple[int, int]:
+    """Lengths of the decode plan and the tile plan of a bucket.
 
-    >>> [num_decode_slots(n) for n in (1, 8, 16, 17)]
-    [1, 8, 16, 32]
+    Decodes: rows, in whole groups. Tiles: every full tile that the tokens make, and one partial tile a row.
+
+    >>> plan_sizes(num_tokens=512, num_rows=8, has_prefill=True)
+    (8, 16)
+    >>> plan_sizes(num_tokens=32, num_rows=17, has_prefill=False)
+    (32, 0)
+    >>> plan_sizes(num_tokens=8, num_rows=4, has_prefill=True)
+    (8, 0)
     """
-    return rows if rows < DECODE_GROUP else -(-rows // DECODE_GROUP) * DECODE_GROUP
-
-
-def num_tile_slots(tokens: int, rows: int) -> int:
-    """The most tiles that a batch of `tokens` in `rows` can need: every full tile, and one partial tile a row.
-
-    >>> num_tile_slots(512, 8), num_tile_slots(8, 8)
-    (16, 4)
-    """
-    return min(tokens // QUERY_TILE + rows, max(1, tokens // 2))
+    if has_prefill and num_tokens <= DECODE_GROUP:
+        return num_tokens, 0
+    decodes = num_rows if num_rows < DECODE_GROUP else -(-num_rows // DECODE_GROUP) * DECODE_GROUP
+    return decodes, min(num_tokens // QUERY_TILE + num_rows, num_tokens // 2) if has_prefill else 0
 
 
 def metadata_shapes(
@@ -72,7 +73,7 @@ def metadata_shapes(
     With `has_prefill` a step may mix rows of one token and of many. Without it every row has one token, and the step
     compiles without the tile loop.
     """
-    decodes, tiles = num_decode_slots(num_rows), num_tile_slots(num_tokens, num_rows) if has_prefill else 0
+    decodes, tiles = plan_sizes(num_tokens=num_tokens, num_rows=num_rows, has_prefill=has_prefill)
     shapes: dict[str, tuple[int, ...]] = {
         "query_starts": (num_rows + 1,),
         "kv_lens": (num_rows,),
@@ -111,26 +112,28 @@ def build_metadata(
     tables = np.zeros((num_rows, block_tables.shape[1]), np.int32)
     tables[: len(block_tables)] = block_tables
 
-    decode = np.flatnonzero(query_lens == 1).astype(np.int32)
-    decode = decode[np.argsort(-kv_lens[decode], kind="stable")]
-    decodes = num_decode_slots(num_rows)
-    tile_rows, first_queries = _tiles(query_lens)
+    decodes, tiles = plan_sizes(num_tokens=num_tokens, num_rows=num_rows, has_prefill=has_prefill)
+    alone = query_lens if tiles == 0 else query_lens * (query_lens == 1)  # each row's tokens that are decodes
+    decode_rows, index = _counted(alone)
+    decode_lens = (kv_lens - query_lens)[decode_rows] + index + 1
+    longest_first = np.argsort(-decode_lens, kind="stable")
+    decode_tokens = (starts[decode_rows] + index)[longest_first]
+    tile_rows, first_queries = _tiles(query_lens) if tiles else (decode_rows[:0], decode_rows[:0])
     tile_lens = np.minimum(query_lens[tile_rows] - first_queries, QUERY_TILE)
     tile_starts = starts[tile_rows] + first_queries
-    tiles = num_tile_slots(num_tokens, num_rows) if has_prefill else 0
 
     output_rows = np.arange(decodes + 1, decodes + 1 + num_tokens, dtype=np.int32)
     output_rows[starts[-1] :] = decodes  # padding
-    output_rows[starts[decode]] = np.arange(len(decode))
+    output_rows[decode_tokens] = np.arange(len(decode_tokens))
 
     leaves: dict[str, Any] = {
         "query_starts": starts,
         "kv_lens": _padded(kv_lens, num_rows),
         "block_tables": tables,
-        "decode_tokens": _padded(starts[decode], decodes),
-        "decode_rows": _padded(decode, decodes),
-        "decode_lens": _padded(kv_lens[decode], decodes),
-        "num_decodes": np.asarray(len(decode), np.int32),
+        "decode_tokens": _padded(decode_tokens, decodes),
+        "decode_rows": _padded(decode_rows[longest_first], decodes),
+        "decode_lens": _padded(decode_lens[longest_first], decodes),
+        "num_decodes": np.asarray(len(decode_tokens), np.int32),
         "tile_tokens": _padded(tile_starts, tiles),
         "tile_rows": _padded(tile_rows, tiles),
         "tile_positions": _padded((kv_lens - query_lens)[tile_rows] + first_queries, tiles),

@@ -30,9 +30,19 @@ def test_decode_rows_come_longest_first_and_prefills_are_cut_into_tiles():
 
 
 def test_each_token_reads_its_own_result_and_padding_reads_the_zeros():
-    metadata = build([3, 1], [3, 5], num_tokens=8)
+    metadata = build([3, 1], [3, 5], num_tokens=20)
     zeros = len(metadata.decode_rows)
-    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 4]
+    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 16]
+
+
+def test_every_token_of_a_small_bucket_is_a_decode():
+    metadata = build([3, 1], [5, 4], num_tokens=8)
+    assert metadata.tile_rows.shape == (0,)
+    assert (metadata.num_decodes, metadata.num_tiles) == (4, 0)
+    assert metadata.decode_lens.tolist() == [5, 4, 4, 3, 0, 0, 0, 0]
+    assert metadata.decode_rows[:4].tolist() == [0, 0, 1, 0]
+    assert metadata.decode_tokens[:4].tolist() == [2, 1, 3, 0]
+    assert metadata.output_rows.tolist() == [3, 1, 0, 2, *[8] * 4]
 
 
 def test_every_batch_that_fits_a_bucket_fits_its_tiles():

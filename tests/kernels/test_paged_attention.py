@@ -53,7 +53,9 @@ def test_agrees_with_the_reference(case, implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("unread", [np.nan, np.inf, 1e30])
-@pytest.mark.parametrize("name", ["decodes_and_prefills", "sliding_window", "padding_rows_and_tokens", "float16"])
+@pytest.mark.parametrize(
+    "name", ["decodes_and_prefills", "sliding_window", "padding_rows_and_tokens", "window_in_a_small_bucket", "float16"]
+)
 def test_slots_that_nobody_may_read_never_leak(name, unread, implementation):
     case = BY_NAME[name]
     if case.dtype == "float16":
