@@ -21,8 +21,8 @@ from pallas_kernels.numerics import MASKED, from_storage
 from pallas_kernels.paged_attention.metadata import DECODE_GROUP, QUERY_TILE, AttentionMetadata
 from pallas_kernels.paged_attention.slots import decode_slots, row_slots
 
-_DECODE_CHUNK = 128  # positions
-_PREFILL_CHUNK = 128  # positions
+_DECODE_CHUNK = 128  # positions, a power of two
+_PREFILL_CHUNK = 128  # positions, a power of two
 
 
 class _Running(NamedTuple):
@@ -233,9 +233,10 @@ def _spread_heads(q: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def _chunk_range(first: jax.Array | None, end: jax.Array, size: int) -> tuple[jax.Array | int, jax.Array]:
-    """The chunks that hold the positions [first, end)."""
-    lower = 0 if first is None else jax.lax.div(first, jnp.int32(size))
-    return lower, jax.lax.div(end + (size - 1), jnp.int32(size))
+    """The chunks that hold the positions [first, end); `size` is a power of two."""
+    bits = jnp.int32(size.bit_length() - 1)  # a shift, because a division minds its signs
+    lower = 0 if first is None else jax.lax.shift_right_logical(first, bits)
+    return lower, jax.lax.shift_right_logical(end + (size - 1), bits)
 
 
 def _nothing_seen(queries: tuple[int, ...], width: int) -> _Running:
