@@ -8,9 +8,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -33,6 +33,7 @@ from jaxserve.runner.memory import (
     blocks_from_budget,
     blocks_on_cpu,
     blocks_on_device,
+    fit_context,
     num_useful_blocks,
 )
 from jaxserve.runner.model_graph import ModelGraph, Params
@@ -107,6 +108,7 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     settings, spec = _settings(config, files, mesh)
     buckets = _buckets(config, settings, mesh, files)
     params, programs, shapes = _load_and_compile(config, files, graph, settings, spec, buckets, phases)
+    settings = replace(settings, max_model_len=shapes.max_model_len)
     with phases.phase("allocate"):
         caches = spec.allocate(shapes.num_blocks, mesh)
         jax.block_until_ready(caches)
@@ -192,26 +194,32 @@ def _load_and_compile(
 ) -> tuple[Params, Programs, ProgramShapes]:
     """Weights and programs: side by side where the pool's size is known beforehand, else one after the other."""
 
-    def shapes_for(num_blocks: int) -> ProgramShapes:
+    def shapes_for(num_blocks: int, max_model_len: int) -> ProgramShapes:
         return ProgramShapes(
             buckets=buckets,
             kv_spec=spec,
             num_blocks=num_blocks,
             max_num_seqs=settings.max_num_seqs,
-            max_model_len=settings.max_model_len,
+            max_model_len=max_model_len,
         )
+
+    def fitting(num_blocks: int) -> ProgramShapes:
+        return shapes_for(num_blocks, fit_context(settings.max_model_len, config.model.max_model_len, spec, num_blocks))
 
     def load() -> Params:
         with phases.phase("load"), loading_progress() as on_loaded:
             return load_weights(files, graph, on_loaded)
 
-    def compile_programs(shapes: ProgramShapes) -> Programs:
+    def compile_programs(shapes: ProgramShapes, loading: Future[Params] | None = None) -> Programs:
+        def on_compiled(done: int, total: int) -> None:
+            phases.tell(f"compile {done} of {total}")
+            if loading is not None and loading.done():
+                loading.result()  # raises what the load raised: there is no use in compiling on
+
         programs = Programs(graph, shapes)
+        num_threads = config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
         with phases.phase("compile"):
-            programs.compile(
-                num_threads=config.runtime.compile_threads or min(os.cpu_count() or 1, 8),
-                on_compiled=lambda done, total: phases.tell(f"compile {done} of {total}"),
-            )
+            programs.compile(num_threads=num_threads, on_compiled=on_compiled)
         return programs
 
     useful = num_useful_blocks(spec, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len)
@@ -219,14 +227,15 @@ def _load_and_compile(
     if num_blocks is None and graph.mesh.devices.flat[0].platform == "cpu":
         num_blocks = blocks_on_cpu(spec, num_useful=useful)
     if num_blocks is not None:
-        shapes = shapes_for(num_blocks)
+        shapes = fitting(num_blocks)
         with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
             loading = pool.submit(load)
-            programs = compile_programs(shapes)
+            programs = compile_programs(shapes, loading)
             return loading.result(), programs, shapes
     params = load()
     with phases.phase("profile"):
-        memory = _measure_largest_step(graph, params, shapes_for(max(2, settings.max_num_batched_tokens)))
+        trial = shapes_for(settings.max_num_batched_tokens // spec.block_size + 2, settings.max_model_len)
+        memory = _measure_largest_step(graph, params, trial)
     num_blocks = blocks_on_device(
         spec,
         memory,
@@ -234,7 +243,7 @@ def _load_and_compile(
         num_devices=graph.mesh.size,
         num_useful=useful,
     )
-    shapes = shapes_for(num_blocks)
+    shapes = fitting(num_blocks)
     return params, compile_programs(shapes), shapes
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import psutil
 from jaxserve.cache.kv_cache import RESERVED_BLOCKS, KVCacheSpec
 from jaxserve.config import CacheSettings
 from jaxserve.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _CPU_BUDGET_BYTES = 2 * 1024**3  # a pool is touched once at start: 4 GiB more would cost a second
 _CPU_SHARE = 0.5  # of the memory that is available when the server starts
@@ -66,6 +69,24 @@ def blocks_on_device(
         )
     num_blocks = spec.num_blocks_in(free * num_devices)
     return min(num_useful, _rounded(num_blocks))
+
+
+def fit_context(max_model_len: int, asked: int | None, spec: KVCacheSpec, num_blocks: int) -> int:
+    """The context that a pool of `num_blocks` can hold: the model's, or less where nobody asked for a length.
+
+    `ConfigError` if `asked`, the length that the launch config names, does not fit.
+    """
+    held = (num_blocks - RESERVED_BLOCKS) * spec.block_size
+    if max_model_len <= held:
+        return max_model_len
+    if asked is None:
+        logger.warning("the KV pool holds %d tokens: max_model_len is that, not the model's %d", held, max_model_len)
+        return held
+    needed = (-(-asked // spec.block_size) + RESERVED_BLOCKS) * spec.block_bytes
+    raise ConfigError(
+        f"max_model_len is {asked}, but the KV pool holds {held} tokens in {num_blocks} blocks: lower max_model_len to "
+        f"{held}, or give the pool {needed / 2**30:.2f} GiB or more (kv_cache_memory_bytes, gpu_memory_utilization)"
+    )
 
 
 def _rounded(num_blocks: int) -> int:

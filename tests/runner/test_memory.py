@@ -13,6 +13,7 @@ from jaxserve.runner.memory import (
     blocks_from_budget,
     blocks_on_cpu,
     blocks_on_device,
+    fit_context,
     num_useful_blocks,
 )
 
@@ -61,3 +62,10 @@ def test_a_model_that_leaves_no_room_says_how_much_it_takes() -> None:
 def test_a_budget_below_two_blocks_is_an_error() -> None:
     with pytest.raises(ConfigError, match="at least 2"):
         blocks_from_budget(CacheSettings(kv_cache_memory_bytes=SPEC.block_bytes), SPEC, num_devices=1)
+
+
+def test_a_context_that_nobody_asked_for_shrinks_to_the_pool_and_one_asked_for_does_not() -> None:
+    assert fit_context(1000, None, SPEC, num_blocks=101) == 1000
+    assert fit_context(8192, None, SPEC, num_blocks=101) == 1600
+    with pytest.raises(ConfigError, match="max_model_len is 8192, but the KV pool holds 1600 tokens"):
+        fit_context(8192, 8192, SPEC, num_blocks=101)
