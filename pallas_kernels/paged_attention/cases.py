@@ -26,7 +26,7 @@ class Case:
     has_prefill: bool = False
     sliding_window: int | None = None
     soft_cap: float | None = None
-    shares_prefix: bool = False  # all rows begin with the same blocks
+    shared_blocks: int = 0  # leading blocks that all rows share, as far as they have them
 
     @property
     def query_lens(self) -> list[int]:
@@ -55,6 +55,7 @@ class Inputs:
 BLOCKS_PER_SEQ = 384 // 16
 _DECODES = ((0, 1), (14, 1), (15, 1), (16, 1))  # one token; one short of a block, a full block, a block and one
 _MIXED = ((0, 70), (37, 1), (100, 64), (0, 1), (200, 30), (255, 1), (5, 2))
+_SHARERS = tuple((272 + 5 * i, 1) for i in range(20))
 
 CASES: tuple[Case, ...] = (
     Case(name="no_rows", rows=()),
@@ -78,7 +79,18 @@ CASES: tuple[Case, ...] = (
     Case(name="prefill_from_nothing", rows=((0, 130),), num_tokens=136, num_rows=4, has_prefill=True),
     Case(name="prefill_continues_a_chunk", rows=((150, 100),), num_tokens=136, num_rows=4, has_prefill=True),
     Case(name="decodes_and_prefills", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True),
-    Case(name="shared_prefix", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, shares_prefix=True),
+    Case(name="shared_prefix", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, shared_blocks=2),
+    Case(name="common_chunks", rows=_SHARERS, num_tokens=20, num_rows=20, shared_blocks=17),
+    Case(name="common_chunks_bfloat16", rows=_SHARERS, num_tokens=20, num_rows=20, shared_blocks=9, dtype="bfloat16"),
+    Case(name="common_chunks_to_the_last_token", rows=((256, 1),) * 8, num_tokens=8, num_rows=8, shared_blocks=16),
+    Case(
+        name="common_chunks_and_prefill",
+        rows=(*_SHARERS, (0, 70)),
+        num_tokens=96,
+        num_rows=24,
+        has_prefill=True,
+        shared_blocks=16,
+    ),
     Case(name="sliding_window", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=40),
     Case(name="window_of_one", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=1),
     Case(name="soft_cap", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, soft_cap=2.0),
@@ -110,8 +122,8 @@ def make_inputs(case: Case, *, unread: float = 0.0, seed: int = 0) -> Inputs:
     tables = np.zeros((len(used), blocks_per_seq), np.int32)
     for row, count in enumerate(used):
         tables[row, :count], ids = ids[:count], ids[count:]
-        if case.shares_prefix and row:
-            shared = min(count, used[0], 2)
+        if row:
+            shared = min(count, used[0], case.shared_blocks)
             tables[row, :shared] = tables[0, :shared]
 
     stored = pool_dtype(case.dtype, jax.default_backend())

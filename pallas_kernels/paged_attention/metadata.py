@@ -12,6 +12,7 @@ from pallas_kernels.compat import register_pytree_dataclass
 
 QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
 DECODE_GROUP = 16  # decodes (tokens that walk their keys alone) that are computed together
+DECODE_CHUNK = 128  # positions that decodes walk at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class AttentionMetadata:
     decode_rows: jax.Array  # i32[decodes], the row of each
     decode_lens: jax.Array  # i32[decodes], the positions it sees were there no window, 0 past num_decodes
     num_decodes: jax.Array  # i32[]
+    num_common_chunks: jax.Array  # i32[], leading chunks of DECODE_CHUNK positions whose slots all decodes share
     tile_tokens: jax.Array  # i32[tiles], first token of up to QUERY_TILE tokens of one row
     tile_rows: jax.Array  # i32[tiles]
     tile_positions: jax.Array  # i32[tiles], position of the first token in its sequence
@@ -79,6 +81,7 @@ def metadata_shapes(
         "kv_lens": (num_rows,),
         "block_tables": (num_rows, blocks_per_seq),
         "num_decodes": (),
+        "num_common_chunks": (),
         "num_tiles": (),
         "output_rows": (num_tokens,),
     }
@@ -134,6 +137,7 @@ def build_metadata(
         "decode_rows": _padded(decode_rows[longest_first], decodes),
         "decode_lens": _padded(decode_lens[longest_first], decodes),
         "num_decodes": np.asarray(len(decode_tokens), np.int32),
+        "num_common_chunks": _num_common_chunks(block_tables, decode_rows, decode_lens, block_size),
         "tile_tokens": _padded(tile_starts, tiles),
         "tile_rows": _padded(tile_rows, tiles),
         "tile_positions": _padded((kv_lens - query_lens)[tile_rows] + first_queries, tiles),
@@ -142,6 +146,19 @@ def build_metadata(
         "output_rows": output_rows,
     }
     return AttentionMetadata(**leaves)
+
+
+def _num_common_chunks(
+    block_tables: np.ndarray, decode_rows: np.ndarray, decode_lens: np.ndarray, block_size: int
+) -> np.ndarray:
+    """How many whole chunks all decodes begin with in the same blocks; each keeps a position of its own after them."""
+    if len(decode_rows) < 2:
+        return np.zeros((), np.int32)
+    limit = int(decode_lens.min()) - 1
+    tables = block_tables[decode_rows, : limit // block_size]
+    differs = (tables != tables[0]).any(0)
+    num_blocks = int(differs.argmax()) if differs.any() else tables.shape[1]
+    return np.asarray(num_blocks * block_size // DECODE_CHUNK, np.int32)
 
 
 def _tiles(query_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

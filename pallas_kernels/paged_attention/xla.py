@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.numerics import MASKED, from_storage
-from pallas_kernels.paged_attention.metadata import DECODE_GROUP, QUERY_TILE, AttentionMetadata
+from pallas_kernels.paged_attention.metadata import DECODE_CHUNK, DECODE_GROUP, QUERY_TILE, AttentionMetadata
 from pallas_kernels.paged_attention.slots import decode_slots, row_slots
 
-_DECODE_CHUNK = 128  # positions, a power of two
+_MIN_SHARING = 8  # decodes in a group from which a walk over common chunks pays for its code
 _PREFILL_CHUNK = 128  # positions, a power of two
 
 
@@ -97,14 +97,15 @@ def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _
     decodes = q.shape[0]
     group = min(DECODE_GROUP, decodes)
     window = scoring.sliding_window
-    slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=_DECODE_CHUNK, sliding_window=window)
+    slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=DECODE_CHUNK, sliding_window=window)
+    common = metadata.num_common_chunks if window is None and group >= _MIN_SHARING else None
     if group == decodes:
-        return _decode_group(q, pools, slots_of, metadata.decode_lens, jnp.int32(0), scoring)
+        return _decode_group(q, pools, slots_of, metadata.decode_lens, jnp.int32(0), common, scoring)
 
     def attend(index: jax.Array, out: jax.Array) -> jax.Array:
         start = index * group
         queries, lens = _slice(q, start, group), _slice(metadata.decode_lens, start, group)
-        return _update(out, _decode_group(queries, pools, slots_of, lens, start, scoring), start)
+        return _update(out, _decode_group(queries, pools, slots_of, lens, start, common, scoring), start)
 
     num_groups = jax.lax.div(metadata.num_decodes + (group - 1), jnp.int32(group))
     # Zeros would do as well, but XLA lifts constants of all layers to the start of the step and keeps them there.
@@ -117,29 +118,74 @@ def _decode_group(
     slots_of: jax.Array,  # i32[decodes, positions]
     lens: jax.Array,  # i32[rows], falling
     start: jax.Array,  # i32[], the group's first decode row
+    common: jax.Array | None,  # i32[], chunks that all rows begin with
     scoring: _Scoring,
 ) -> jax.Array:
+    """f32[rows, q_heads, head_dim]; each row walks its own chunks, after those that the rows walk together."""
     rows, heads, head_dim = q.shape
     spread = _spread_heads(q, pools.kv_heads)
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
-        first = chunk * _DECODE_CHUNK
-        slots = _slice(slots_of, (start, first), (rows, _DECODE_CHUNK))
+        first = chunk * DECODE_CHUNK
+        slots = _slice(slots_of, (start, first), (rows, DECODE_CHUNK))
         keys = pools.fetch(pools.k, slots)  # [rows, chunk, width]
         products = _dot(keys, spread.astype(keys.dtype), contract=(2, 2), batch=(0, 0))  # [rows, chunk, q_heads]
         # Without the barrier XLA folds the transpose into the product, which then repacks the keys.
         scores = scoring(jax.lax.optimization_barrier(products).swapaxes(1, 2))
-        visible = scoring.visible(lens[:, None] - 1, first + jnp.arange(_DECODE_CHUNK, dtype=jnp.int32))
+        visible = scoring.visible(lens[:, None] - 1, first + jnp.arange(DECODE_CHUNK, dtype=jnp.int32))
         scores = jnp.where(visible[:, None], scores, MASKED)
         return _accumulate(running, scores, pools.fetch(pools.v, slots), value_axes=(1, 0))
 
     shortest = jnp.min(jnp.where(lens > 0, lens, lens[0]))  # padding must not stretch a window to 0
-    chunks = _chunk_range(scoring.first_visible(shortest - 1), lens[0], _DECODE_CHUNK)
-    running = jax.lax.fori_loop(*chunks, step, _nothing_seen((rows, heads), pools.k.shape[1]))
-    out = running.out / running.total[..., None]  # [rows, q_heads, width]
-    out = out.reshape(rows, pools.kv_heads, -1, pools.kv_heads, head_dim)
-    own = [out[:, head, :, head] for head in range(pools.kv_heads)]  # the rest are other heads' values
-    return jnp.stack(own, axis=1).reshape(q.shape)
+    low, high = _chunk_range(scoring.first_visible(shortest - 1), lens[0], DECODE_CHUNK)
+    low = low if common is None else common
+    running = jax.lax.fori_loop(low, high, step, _nothing_seen((rows, heads), pools.k.shape[1]))
+    spread_out = running.out.reshape(rows, pools.kv_heads, -1, pools.kv_heads, head_dim)
+    own = [spread_out[:, head, :, head] for head in range(pools.kv_heads)]  # the rest are other heads' values
+    alone = running._replace(out=jnp.stack(own, axis=1).reshape(q.shape))
+    if common is not None:
+        alone = _merge(alone, _decode_common(q, pools, slots_of, start, common, scoring))
+    return alone.out / alone.total[..., None]
+
+
+def _decode_common(
+    q: jax.Array,  # [rows, q_heads, head_dim]
+    pools: _Pools,
+    slots_of: jax.Array,  # i32[decodes, positions]
+    start: jax.Array,  # i32[]
+    num_chunks: jax.Array,  # i32[]
+    scoring: _Scoring,
+) -> _Running:
+    """The first `num_chunks` chunks, which lie in the same slots for all rows: read once, one dense product a chunk.
+
+    For requests that share a long prefix (cascade inference, Ye et al. 2024).
+    """
+    rows, heads, head_dim = q.shape
+    kv_heads = pools.kv_heads
+    queries = q.reshape(rows, kv_heads, -1, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
+
+    def step(chunk: jax.Array, running: _Running) -> _Running:
+        slots = _slice(slots_of, (start, chunk * DECODE_CHUNK), (1, DECODE_CHUNK)).reshape(-1)
+        keys = pools.fetch(pools.k, slots).reshape(-1, kv_heads, head_dim)
+        values = pools.fetch(pools.v, slots).reshape(-1, kv_heads, head_dim)
+        scores = scoring(_dot(queries.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1)))
+        return _accumulate(running, scores, values, value_axes=(0, 1))
+
+    nothing = _nothing_seen((kv_heads, queries.shape[1]), head_dim)
+    running = jax.lax.fori_loop(0, num_chunks, step, nothing)
+
+    def by_row(x: jax.Array) -> jax.Array:  # [kv_heads, rows * group, ...] -> [rows, q_heads, ...]
+        return x.reshape(kv_heads, rows, -1, *x.shape[2:]).swapaxes(0, 1).reshape(rows, heads, *x.shape[2:])
+
+    return _Running(by_row(running.top), by_row(running.total), by_row(running.out))
+
+
+def _merge(a: _Running, b: _Running) -> _Running:
+    """Both parts together, by log-sum-exp."""
+    top = jnp.maximum(a.top, b.top)
+    scale_a, scale_b = jnp.exp(a.top - top), jnp.exp(b.top - top)
+    out = a.out * scale_a[..., None] + b.out * scale_b[..., None]
+    return _Running(top, a.total * scale_a + b.total * scale_b, out)
 
 
 def _prefill(

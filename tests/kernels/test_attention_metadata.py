@@ -83,3 +83,22 @@ def test_256_rows_take_well_under_a_millisecond():
         build_metadata(np.ones(256, np.int32), kv_lens, tables, **bucket)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.5e-3
+
+
+def test_common_chunks_are_whole_and_leave_each_row_a_position_of_its_own() -> None:
+    tables = np.zeros((4, 24), np.int32)
+    tables[:, :20] = np.arange(1, 21)
+    tables[3, 19] = 99
+
+    def common(kv_lens: list[int], rows: list[int]) -> int:
+        ones = np.ones(len(rows), np.int32)
+        metadata = build_metadata(ones, kv_lens, tables[rows], block_size=16, num_tokens=8, num_rows=8)
+        return int(metadata.num_common_chunks)
+
+    assert common([300, 310, 320], [0, 1, 2]) == 2
+    assert common([257, 310], [0, 1]) == 2
+    assert common([256, 310], [0, 1]) == 1
+    assert common([320, 320], [0, 3]) == 2
+    assert common([320], [0]) == 0
+    tables[2, 0] = 50
+    assert common([300, 310, 320], [0, 1, 2]) == 0
