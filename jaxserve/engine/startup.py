@@ -12,13 +12,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 import jaxserve
 from jaxserve.cache.block_pool import BlockPool
-from jaxserve.cache.kv_cache import KVCacheSpec
+from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo
@@ -107,11 +108,11 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     settings, spec = _settings(config, files, mesh)
     buckets = _buckets(config, settings, mesh, files)
-    params, programs, shapes = _load_and_compile(config, files, graph, settings, spec, buckets, phases)
+    assembly = _Assembly(
+        config=config, files=files, graph=graph, settings=settings, spec=spec, buckets=buckets, phases=phases
+    )
+    params, caches, programs, shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    with phases.phase("allocate"):
-        caches = spec.allocate(shapes.num_blocks, mesh)
-        jax.block_until_ready(caches)
     runner = ModelRunner(graph, params, programs, shapes, caches)
     pool = BlockPool(shapes.num_blocks, spec.block_size)
     prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
@@ -183,68 +184,81 @@ def _buckets(config: Config, settings: SchedulerSettings, mesh: Mesh, files: Mod
     )
 
 
-def _load_and_compile(
-    config: Config,
-    files: ModelFiles,
-    graph: ModelGraph,
-    settings: SchedulerSettings,
-    spec: KVCacheSpec,
-    buckets: Buckets,
-    phases: _Phases,
-) -> tuple[Params, Programs, ProgramShapes]:
-    """Weights and programs: side by side where the pool's size is known beforehand, else one after the other."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Assembly:
+    """Brings weights, pools and programs together."""
 
-    def shapes_for(num_blocks: int, max_model_len: int) -> ProgramShapes:
+    config: Config
+    files: ModelFiles
+    graph: ModelGraph
+    settings: SchedulerSettings
+    spec: KVCacheSpec
+    buckets: Buckets
+    phases: _Phases
+
+    def assemble(self) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+        """Side by side where the pool's size is known beforehand, else one after the other."""
+        useful = num_useful_blocks(
+            self.spec, max_num_seqs=self.settings.max_num_seqs, max_model_len=self.settings.max_model_len
+        )
+        num_blocks = blocks_from_budget(self.config.cache, self.spec, num_devices=self.graph.mesh.size)
+        if num_blocks is None and self.graph.mesh.devices.flat[0].platform == "cpu":
+            num_blocks = blocks_on_cpu(self.spec, num_useful=useful)
+        if num_blocks is None:
+            return self._one_after_the_other(useful)
+        shapes = self._fitting(num_blocks)
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+            loading = pool.submit(lambda: (self._load(), self._allocate(num_blocks)))
+            programs = self._compile(shapes, loading)
+            return *loading.result(), programs, shapes
+
+    def _one_after_the_other(self, useful: int) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+        params = self._load()
+        with self.phases.phase("profile"):
+            trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
+            memory = _measure_largest_step(self.graph, params, self._shapes(trial, self.settings.max_model_len))
+        num_blocks = blocks_on_device(
+            self.spec,
+            memory,
+            utilization=self.config.cache.gpu_memory_utilization,
+            num_devices=self.graph.mesh.size,
+            num_useful=useful,
+        )
+        shapes = self._fitting(num_blocks)
+        return params, self._allocate(num_blocks), self._compile(shapes), shapes
+
+    def _fitting(self, num_blocks: int) -> ProgramShapes:
+        asked = self.config.model.max_model_len
+        return self._shapes(num_blocks, fit_context(self.settings.max_model_len, asked, self.spec, num_blocks))
+
+    def _shapes(self, num_blocks: int, max_model_len: int) -> ProgramShapes:
         return ProgramShapes(
-            buckets=buckets,
-            kv_spec=spec,
+            buckets=self.buckets,
+            kv_spec=self.spec,
             num_blocks=num_blocks,
-            max_num_seqs=settings.max_num_seqs,
+            max_num_seqs=self.settings.max_num_seqs,
             max_model_len=max_model_len,
         )
 
-    def fitting(num_blocks: int) -> ProgramShapes:
-        return shapes_for(num_blocks, fit_context(settings.max_model_len, config.model.max_model_len, spec, num_blocks))
+    def _load(self) -> Params:
+        with self.phases.phase("load"), loading_progress() as on_loaded:
+            return load_weights(self.files, self.graph, on_loaded)
 
-    def load() -> Params:
-        with phases.phase("load"), loading_progress() as on_loaded:
-            return load_weights(files, graph, on_loaded)
+    def _allocate(self, num_blocks: int) -> list[LayerCache]:
+        with self.phases.phase("allocate"):
+            return jax.block_until_ready(self.spec.allocate(num_blocks, self.graph.mesh))
 
-    def compile_programs(shapes: ProgramShapes, loading: Future[Params] | None = None) -> Programs:
+    def _compile(self, shapes: ProgramShapes, loading: Future[Any] | None = None) -> Programs:
         def on_compiled(done: int, total: int) -> None:
-            phases.tell(f"compile {done} of {total}")
+            self.phases.tell(f"compile {done} of {total}")
             if loading is not None and loading.done():
                 loading.result()  # raises what the load raised: there is no use in compiling on
 
-        programs = Programs(graph, shapes)
-        num_threads = config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
-        with phases.phase("compile"):
+        programs = Programs(self.graph, shapes)
+        num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
+        with self.phases.phase("compile"):
             programs.compile(num_threads=num_threads, on_compiled=on_compiled)
         return programs
-
-    useful = num_useful_blocks(spec, max_num_seqs=settings.max_num_seqs, max_model_len=settings.max_model_len)
-    num_blocks = blocks_from_budget(config.cache, spec, num_devices=graph.mesh.size)
-    if num_blocks is None and graph.mesh.devices.flat[0].platform == "cpu":
-        num_blocks = blocks_on_cpu(spec, num_useful=useful)
-    if num_blocks is not None:
-        shapes = fitting(num_blocks)
-        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-            loading = pool.submit(load)
-            programs = compile_programs(shapes, loading)
-            return loading.result(), programs, shapes
-    params = load()
-    with phases.phase("profile"):
-        trial = shapes_for(settings.max_num_batched_tokens // spec.block_size + 2, settings.max_model_len)
-        memory = _measure_largest_step(graph, params, trial)
-    num_blocks = blocks_on_device(
-        spec,
-        memory,
-        utilization=config.cache.gpu_memory_utilization,
-        num_devices=graph.mesh.size,
-        num_useful=useful,
-    )
-    shapes = fitting(num_blocks)
-    return params, compile_programs(shapes), shapes
 
 
 def _measure_largest_step(graph: ModelGraph, params: Params, shapes: ProgramShapes) -> DeviceMemory:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import jax
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -76,7 +77,7 @@ class Llama(nnx.Module):
         caches: Sequence[LayerCache],
         inputs: AttentionInputs,
     ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
-        angles = rotation(self.rope, positions)
+        angles = jax.lax.optimization_barrier(rotation(self.rope, positions))  # once, not in each layer again
         x, written = apply_layers(self.layers, self.embedding(token_ids), caches, angles, inputs)
         return self.norm(x), written
 

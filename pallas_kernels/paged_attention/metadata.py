@@ -12,6 +12,7 @@ from pallas_kernels.compat import register_pytree_dataclass
 
 QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
 DECODE_GROUP = 16  # decodes (tokens that walk their keys alone) that are computed together
+MAX_ALONE_TOKENS = 64  # up to this bucket every token is a decode: half the program, and short prompts gain by it
 DECODE_CHUNK = 128  # positions that decodes walk at a time
 
 
@@ -25,7 +26,7 @@ class AttentionMetadata:
         token        0 1 2 3 4 | 5 | 6 | 7 8 | 9  10
         computed by  tile 0    | decode  | tile 1 | nobody
 
-    A bucket of up to DECODE_GROUP tokens has no tiles: each token is a decode of its own, that of a longer row too.
+    A bucket of up to MAX_ALONE_TOKENS tokens has no tiles: each token is a decode of its own, that of a longer row too.
     Shapes depend only on the token and row buckets, the widest block table, and whether there are tiles at all.
     """
 
@@ -61,10 +62,13 @@ def plan_sizes(*, num_tokens: int, num_rows: int, has_prefill: bool) -> tuple[in
     >>> plan_sizes(num_tokens=8, num_rows=4, has_prefill=True)
     (8, 0)
     """
-    if has_prefill and num_tokens <= DECODE_GROUP:
-        return num_tokens, 0
-    decodes = num_rows if num_rows < DECODE_GROUP else -(-num_rows // DECODE_GROUP) * DECODE_GROUP
-    return decodes, min(num_tokens // QUERY_TILE + num_rows, num_tokens // 2) if has_prefill else 0
+    if has_prefill and num_tokens <= MAX_ALONE_TOKENS:
+        return _in_groups(num_tokens), 0
+    return _in_groups(num_rows), min(num_tokens // QUERY_TILE + num_rows, num_tokens // 2) if has_prefill else 0
+
+
+def _in_groups(count: int) -> int:
+    return count if count < DECODE_GROUP else -(-count // DECODE_GROUP) * DECODE_GROUP
 
 
 def metadata_shapes(

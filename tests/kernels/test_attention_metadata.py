@@ -30,9 +30,9 @@ def test_decode_rows_come_longest_first_and_prefills_are_cut_into_tiles():
 
 
 def test_each_token_reads_its_own_result_and_padding_reads_the_zeros():
-    metadata = build([3, 1], [3, 5], num_tokens=20)
+    metadata = build([3, 1], [3, 5], num_tokens=70)
     zeros = len(metadata.decode_rows)
-    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 16]
+    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 66]
 
 
 def test_every_token_of_a_small_bucket_is_a_decode():
