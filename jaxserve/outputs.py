@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class FinishReason(Enum):
-    """Why a sequence ended. `value` is what the engine says; `openai` what an OpenAI client expects."""
+    """Why a sequence ended."""
 
     STOP = "stop"  # end-of-sequence token, stop token or stop string
     LENGTH = "length"  # max_tokens or the context's end

@@ -38,7 +38,7 @@ class Request:
 
     # token_ids            | prompt .......... | generated ..... |
     # num_computed_tokens  | K/V written or dispatched ..... |
-    # num_in_flight        tokens sampled on the device that the host has not seen yet (0 or 1)
+    # num_in_flight        tokens sampled on the device that the host has not seen yet, 2 at most
     """
 
     request_id: str

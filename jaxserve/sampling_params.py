@@ -16,6 +16,7 @@ MAX_BAD_WORDS = 64  # sequences a request
 MAX_BAD_WORD_TOKENS = 16  # tokens a sequence
 MAX_LOGIT_BIAS = 1024  # entries a request
 MAX_STOP_TOKEN_IDS = 64
+MAX_ALLOWED_TOKEN_IDS = 2**20
 MAX_SEED = 2**64 - 1
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
@@ -69,10 +70,6 @@ class SamplingParams:
             _check_float(name, getattr(self, name), low, high)
         if self.top_p <= 0:
             raise InvalidRequestError(f"top_p must be in (0, 1], got {self.top_p}", param="top_p")
-        if self.repetition_penalty <= 0:
-            raise InvalidRequestError(
-                f"repetition_penalty must be greater than 0, got {self.repetition_penalty}", param="repetition_penalty"
-            )
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
                 f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})", param="min_tokens"
@@ -90,6 +87,7 @@ class SamplingParams:
         _check_list("stop", self.stop, str, MAX_STOP_STRINGS)
         _check_list("bad_words", self.bad_words, str, MAX_BAD_WORDS)
         _check_list("stop_token_ids", self.stop_token_ids, int, MAX_STOP_TOKEN_IDS)
+        _check_list("allowed_token_ids", self.allowed_token_ids, int, MAX_ALLOWED_TOKEN_IDS)
         for text in self.stop or ():
             if not text or len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError(
@@ -147,7 +145,7 @@ _FLOAT_RANGES: dict[str, tuple[float, float]] = {
     "min_p": (0.0, 1.0),
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
-    "repetition_penalty": (0.0, 100.0),
+    "repetition_penalty": (0.01, 100.0),  # smaller ones overflow a logit, and the row would end as not finite
 }
 _OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens"})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxserve.cache.block_pool import IntegrityError
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
 from jaxserve.engine.startup import OnProgress, Started, start
@@ -51,9 +52,12 @@ class EngineCore:
             self._in_flight.append((plan, self._runner.dispatch(plan)))
         if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
             done, pending = self._in_flight.pop(0)
-            return self._scheduler.update(done, pending.result())
-        if plan is None and not self._in_flight:
-            self._scheduler.check_integrity()
+            deltas = self._scheduler.update(done, pending.result())
+            if not self.has_unfinished:
+                self._scheduler.check_integrity()  # idle from here on: the check delays nobody
+            return deltas
+        if plan is None and self._scheduler.has_unfinished:
+            raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
         return []
 
     def stats(self) -> EngineStats:

@@ -148,6 +148,11 @@ def _choose_device(config: Config) -> None:
             f"device {device!r} is not available: {reason}; install jaxserve with its extra (cuda12, cuda13, tpu), or "
             "choose --device cpu"
         ) from error
+    if device != "auto" and platform != {"cuda": "gpu"}.get(device, device):
+        raise ConfigError(
+            f"device is {device!r}, but JAX already runs on {platform!r} in this process; set the device before JAX is "
+            "first used"
+        )
     logger.info("JAX %s on %s: %s", jax.__version__, platform, jax.devices()[0].device_kind)
 
 

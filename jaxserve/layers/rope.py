@@ -28,6 +28,11 @@ class RopeConfig:
     def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> RopeConfig:
         """Read `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before)."""
         parameters = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        if any(isinstance(value, Mapping) for value in parameters.values()):
+            raise CheckpointError("config.json: rope_parameters that differ by layer type are not supported")
+        partial = parameters.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if partial not in (None, 1, 1.0):
+            raise CheckpointError(f"config.json: partial_rotary_factor {partial} is not supported, only 1")
         rope_type = parameters.get("rope_type") or parameters.get("type") or "default"
         if rope_type not in _INVERSE_FREQUENCIES:
             known = ", ".join(sorted(_INVERSE_FREQUENCIES))

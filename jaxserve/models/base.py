@@ -88,7 +88,7 @@ class DecoderConfig:
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=config.get("sliding_window"),
+            sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
         )
 
 

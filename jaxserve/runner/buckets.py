@@ -51,7 +51,7 @@ class Buckets:
                     f"token_buckets must reach from at least {min_tokens} to max_num_batched_tokens "
                     f"({max_num_batched_tokens}), got {list(token_sizes)}"
                 )
-        largest = min(max_num_seqs, sizes[-1])
+        largest = min(max(max_num_seqs, min_tokens), sizes[-1])  # the head needs as many rows as the model tokens
         rows = (min(sizes[0], largest), *(size for size in _ladder(16, largest, 4) if size > sizes[0]))
         return cls(sizes, tuple(sorted(set(rows))))
 

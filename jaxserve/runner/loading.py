@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,8 @@ from jaxserve.weights.dummy import DummyCheckpoint
 from jaxserve.weights.mapping import load_params
 from jaxserve.weights.safetensors_files import read_json
 from jaxserve.weights.source import resolve_source
+
+logger = logging.getLogger(__name__)
 
 _DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -40,17 +43,21 @@ class ModelFiles:
     decoder: DecoderConfig
     dtype: np.dtype
     generation_config: dict[str, Any]
+    recommends_sampling: bool  # whether generation_config's sampling parameters are the defaults
     seed: int
 
     @property
     def default_sampling(self) -> dict[str, float | int]:
         """The sampling parameters that the model's makers recommend, under our names."""
-        return {name: self.generation_config[name] for name in _SAMPLING_DEFAULTS if self.generation_config.get(name)}
+        if not self.recommends_sampling:
+            return {}
+        given = self.generation_config
+        return {name: given[name] for name in _SAMPLING_DEFAULTS if given.get(name) is not None}
 
     @property
     def eos_token_ids(self) -> list[int]:
-        """The tokens that end a sequence, as generation_config.json names them."""
-        ids = self.generation_config.get("eos_token_id")
+        """The tokens that end a sequence, as generation_config.json names them, or else config.json."""
+        ids = self.generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
         return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def max_model_len(self, asked: int | None) -> int:
@@ -75,7 +82,7 @@ def open_model(config: ModelSettings) -> ModelFiles:
         opened = open_checkpoint(source, dtype=asked)
         hf_config = opened.hf_config()
         checkpoint = None if config.load_format == "dummy" else opened
-        generation_config = opened.generation_config() if config.generation_config == "auto" else {}
+        generation_config = opened.generation_config()
     hf_config = _merge(hf_config, config.hf_overrides)
     return ModelFiles(
         checkpoint=checkpoint,
@@ -83,6 +90,7 @@ def open_model(config: ModelSettings) -> ModelFiles:
         decoder=DecoderConfig.from_hf(hf_config),
         dtype=_dtype(config, hf_config),
         generation_config=generation_config,
+        recommends_sampling=config.generation_config == "auto",
         seed=config.seed,
     )
 
@@ -113,4 +121,7 @@ def _dtype(config: ModelSettings, hf_config: dict[str, Any]) -> np.dtype:
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    if stored == "float16" and jax.default_backend() == "cpu":
+        logger.info("float16 weights run as float32: products of float16 take up to 17 times as long on CPU")
+        return _DTYPES["float32"]
     return _DTYPES.get(stored, _DTYPES["bfloat16"])

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxserve.errors import ConfigError
 from jaxserve.layers.attention import AttentionBackend
 from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
@@ -23,6 +24,7 @@ class ModelGraph:
     """A model without values: built abstract, bound to parameters inside a jitted function."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
+        _check_divisible(config, backend.mesh.size)
         self.config = replace(config, num_shards=backend.mesh.size)
         platform = backend.mesh.devices.flat[0].platform
         self.numerics = Numerics.for_platform(platform, dtype)
@@ -56,3 +58,14 @@ class ModelGraph:
         """The parameters that `logits` reads."""
         prefix = "embedding." if self.config.tie_embeddings else "head."
         return [name for name in self._variables if name.startswith(prefix)]
+
+
+def _check_divisible(config: DecoderConfig, num_shards: int) -> None:
+    sizes = {
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.ffn_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, size in sizes.items():
+        if size % num_shards:
+            raise ConfigError(f"tensor_parallel_size {num_shards} does not divide the model's {name}, {size}")

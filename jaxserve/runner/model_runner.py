@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import jax
@@ -166,7 +166,6 @@ class _DeviceStep:
     sampled: SampledTokens
     prompt_scores: list[_PromptScores]
     asked_logprobs: dict[int, int]
-    _started: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         for array in (self.sampled.token_ids, self.sampled.ok):

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxserve.config import ModelSettings
 from jaxserve.engine.core import EngineCore
 from jaxserve.errors import CheckpointError, ConfigError, PromptTooLongError, QueueFullError
 from jaxserve.outputs import FinishReason
 from jaxserve.request import EngineRequest
+from jaxserve.runner.loading import open_model
 from jaxserve.sampling_params import SamplingParams
 from tests.checkpoints import save_random_llama, transformers_logits
 from tests.harness import greedy, run, tiny_config, tokens
@@ -151,6 +153,9 @@ def test_a_row_that_is_not_finite_ends_alone(checkpoint: Path, tmp_path: Path) -
     ("changes", "error", "message"),
     [
         ({"tensor_parallel_size": 64}, ConfigError, "tensor_parallel_size is 64"),
+        ({"tensor_parallel_size": 4}, ConfigError, "does not divide the model's num_key_value_heads, 2"),
+        ({"hf_overrides": {"partial_rotary_factor": 0.5}}, CheckpointError, "partial_rotary_factor 0.5"),
+        ({"hf_overrides": {"rope_parameters": {"full_attention": {}}}}, CheckpointError, "differ by layer type"),
         ({"max_model_len": 100000}, ConfigError, "max_position_embeddings is 256"),
         ({"hf_overrides": {"architectures": ["LamaForCausalLM"]}}, CheckpointError, "did you mean 'LlamaForCausalLM'"),
         ({"hf_overrides": {"hidden_size": 32, "head_dim": 8}}, CheckpointError, "the model wants"),
@@ -176,3 +181,12 @@ def test_a_mesh_of_two_devices_gives_the_same_tokens(checkpoint: Path, core: Eng
     wanted = run(core, prompts, greedy(12), cache_salt="mesh")
     assert [tokens(a) for a in given] == [tokens(b) for b in wanted]
     sharded.shutdown()
+
+
+def test_end_of_sequence_ids_stay_when_sampling_defaults_are_ignored(checkpoint: Path) -> None:
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": [2, 7], "temperature": 0.0, "top_k": 5}')
+    given = {}
+    for mode in ("auto", "vllm"):
+        files = open_model(ModelSettings(model=str(checkpoint), generation_config=mode))
+        given[mode] = (files.eos_token_ids, files.default_sampling)
+    assert given == {"auto": ([2, 7], {"temperature": 0.0, "top_k": 5}), "vllm": ([2, 7], {})}

@@ -166,3 +166,17 @@ def test_rules_that_leave_no_token_to_choose_are_refused(prepare, fields):
 )
 def test_rules_that_leave_a_token_are_taken(prepare, fields):
     assert prepare(**fields).params.allowed_token_ids == fields["allowed_token_ids"]
+
+
+@pytest.mark.parametrize("priority", [2**70, -(2**31)])
+def test_a_priority_that_no_message_can_carry_is_refused(tokenizer, priority):
+    info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
+    preparer = RequestPreparer(tokenizer, info, seed=0)
+    with pytest.raises(InvalidRequestError, match="priority must be an integer"):
+        preparer.prepare("abc", SamplingParams(), request_id="r", priority=priority)
+
+
+@pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1e-38), ("allowed_token_ids", [3.5])])
+def test_values_that_would_break_a_row_are_refused(prepare, name, value):
+    with pytest.raises(InvalidRequestError, match=name):
+        prepare("abc", **{name: value})
