@@ -33,7 +33,7 @@ class PreparedRequest:
     sequences: list[EngineRequest]  # params.n of them
 
 
-MAX_PRIORITY = 2**31 - 1
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 
 class RequestPreparer:
@@ -60,9 +60,9 @@ class RequestPreparer:
         """The whole way from a user's request to the engine's; raises `InvalidRequestError`."""
         arrival_time_s = time.monotonic()
         params.validate().validate_token_ids(self._vocab_size)
-        if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
+        if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
             raise InvalidRequestError(
-                f"priority must be an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}, got {priority}", param="priority"
+                f"priority must be an integer from {MIN_PRIORITY} to {MAX_PRIORITY}, got {priority}", param="priority"
             )
         token_ids = self._prompt_token_ids(prompt, params, add_special_tokens)
         params = self._complete(params, num_prompt_tokens=len(token_ids))

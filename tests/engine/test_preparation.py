@@ -168,7 +168,7 @@ def test_rules_that_leave_a_token_are_taken(prepare, fields):
     assert prepare(**fields).params.allowed_token_ids == fields["allowed_token_ids"]
 
 
-@pytest.mark.parametrize("priority", [2**70, -(2**31)])
+@pytest.mark.parametrize("priority", [2**70, -(2**31) - 1])
 def test_a_priority_that_no_message_can_carry_is_refused(tokenizer, priority):
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
     preparer = RequestPreparer(tokenizer, info, seed=0)
