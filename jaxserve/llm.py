@@ -69,7 +69,7 @@ class LLM:
             self._engine = None
 
     def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False where requests hold some."""
+        """Let no new request find the cached blocks; False without a prefix cache."""
         return self._open_engine().reset_prefix_cache()
 
     def generate(

@@ -145,7 +145,7 @@ class ProcessEngineClient:
             request.abort()
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget all cached blocks; False where running requests hold some."""
+        """Let no new request find the cached blocks; False without a prefix cache."""
         self._check_ready()
         call_id = next(self._call_ids)
         call = self._calls[call_id] = asyncio.get_running_loop().create_future()

@@ -56,7 +56,7 @@ def compile_all(
                 if on_compiled is not None:
                     on_compiled(len(compiled), len(jobs))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # what runs cannot be stopped, only waited for
             raise
     return compiled
 
