@@ -1,6 +1,7 @@
 """The one place that hides differences between JAX versions."""
 
-from typing import TypeVar
+import importlib
+from typing import Any, TypeVar
 
 import jax
 
@@ -13,3 +14,17 @@ def register_pytree_dataclass(cls: type[T], data_fields: tuple[str, ...]) -> typ
     Every supported version takes explicit field lists; only the newer ones can find the fields by themselves.
     """
     return jax.tree_util.register_dataclass(cls, data_fields=list(data_fields), meta_fields=[])
+
+
+def gpu_interpret_params(**options: Any) -> Any:
+    """`InterpretGPUParams`, which runs a Mosaic GPU kernel on the CPU; public since 0.11."""
+    public = jax.__version_info__ >= (0, 11)
+    module = "jax.experimental.pallas.mosaic_gpu" if public else "jax._src.pallas.mosaic_gpu.interpret.params"
+    return importlib.import_module(module).InterpretGPUParams(**options)
+
+
+def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
+    """Loads all of a SMEM or GMEM ref into registers; 0.10 insists on an index, later versions deprecate it."""
+    gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")  # no other backend waits for it
+    index = () if jax.__version_info__ >= (0, 11) else ((),)
+    return gpu.load(ref, *index, layout=layout, optimized=optimized)

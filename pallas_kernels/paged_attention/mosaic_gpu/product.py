@@ -1,0 +1,116 @@
+"""Matrix products of one warpgroup, and the register arrays they make: wgmma on a GPU, a plain dot when interpreted."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.compat import gpu_load
+
+ROWS = 64  # of wgmma's first operand, per warpgroup; a larger tile has a multiple of it
+
+_ACCUMULATOR: Any = vars(plgpu)["ACC"]  # its import in there is not an export to type checkers
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Warpgroup:
+    """What one compute warpgroup does with tiles.
+
+    The interpreters of Pallas know neither the layouts of registers nor, in every JAX version, wgmma. With
+    `interpret` each method is the same arithmetic on plain arrays, so that all around it (work lists, barriers,
+    masks, the online softmax) is the kernel's own code in a run on the CPU. What such a run cannot show: the layouts,
+    the swizzled addresses, the order of asynchronous copies and products.
+    """
+
+    interpret: bool
+
+    def tile(self, shape: tuple[int, int], dtype: Any, *, stages: int | None = None) -> Any:
+        """Shared memory for operands of products; `stages` adds a leading axis.
+
+        Swizzled, in tiles of 8 rows, as TMA writes and wgmma reads it: slices of rows start at multiples of 8.
+        """
+        full = shape if stages is None else (stages, *shape)
+        if self.interpret:
+            return plgpu.SMEM(full, dtype)
+        itemsize = jnp.dtype(dtype).itemsize
+        swizzle = plgpu.find_swizzle(shape[1] * itemsize * 8)
+        tiling = plgpu.TilingTransform((8, swizzle // itemsize))
+        return plgpu.SMEM(full, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
+
+    def full(self, shape: tuple[int, int], value: float) -> jax.Array:
+        """f32[rows, columns], laid out as the result of a product."""
+        return self._as(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)
+
+    def full_rows(self, rows: int, value: float) -> jax.Array:
+        """f32[rows], laid out as a reduction over the columns of a product."""
+        return self._as(jnp.full((rows,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+    def load(self, ref: Any) -> jax.Array:
+        """[rows, columns] from shared memory, laid out as the result of a product."""
+        return ref[...] if self.interpret else gpu_load(ref, layout=plgpu.Layout.WGMMA)
+
+    def load_rows(self, ref: Any) -> jax.Array:
+        """[rows] from global or shared memory, laid out as a reduction over the columns of a product."""
+        return ref[...] if self.interpret else gpu_load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
+        """i32[rows, columns], laid out as the result of a product."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, axis)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
+
+    def over_columns(self, rows: jax.Array, columns: int) -> jax.Array:
+        """[rows] -> [rows, columns]."""
+        return lax.broadcast_in_dim(rows, (rows.shape[0], columns), (0,))
+
+    def scores(self, q: Any, k: Any, meanwhile: Callable[[], None] | None = None) -> jax.Array:
+        """f32[rows, keys] = q @ k.T of tiles in shared memory, [rows, head_dim] and [keys, head_dim].
+
+        `meanwhile` runs between the issue of the product and the wait for it; it must not touch either operand.
+        """
+        if self.interpret:
+            product = _dot(q[...], k[...], ((1,), (1,)))
+            if meanwhile is not None:
+                meanwhile()
+            return product
+
+        def issue(result: Any) -> jax.Array:
+            plgpu.wgmma(result, q, k.T)
+            if meanwhile is not None:
+                meanwhile()
+            return result[...]
+
+        return pl.run_scoped(issue, _ACCUMULATOR((q.shape[0], k.shape[0]), jnp.float32))
+
+    def add_product(
+        self, acc: jax.Array, p: jax.Array, v: Any, meanwhile: Callable[[], None] | None = None
+    ) -> jax.Array:
+        """f32[rows, head_dim] = acc + p @ v, with p [rows, keys] in registers and v [keys, head_dim] in shared memory.
+
+        p has v's dtype. The accumulator stays in its registers: `acc` is spent. `meanwhile` as in `scores`.
+        """
+        if self.interpret:
+            total = acc + _dot(p, v[...], ((1,), (0,)))
+            if meanwhile is not None:
+                meanwhile()
+            return total
+
+        def issue(total: Any) -> None:
+            plgpu.wgmma(total, p, v)
+            if meanwhile is not None:
+                meanwhile()
+
+        total: Any = pl.run_state(issue)(_ACCUMULATOR.init(acc))
+        return total
+
+    def _as(self, x: jax.Array, layout: Any) -> jax.Array:
+        return x if self.interpret else plgpu.layout_cast(x, layout)
+
+
+def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
