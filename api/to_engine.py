@@ -36,7 +36,7 @@ def completion_job(request: CompletionRequest, engine: EngineClient, request_id:
     """Turn a completion request into a job; raises `InvalidRequestError`."""
     for prompt in request.prompt:
         _check_prompt(prompt, request, engine)
-    _check_num_sequences(len(request.prompt), request.n)
+    _check_num_sequences(len(request.prompt), request.n, engine.model_info)
     scores_prompt = request.echo and request.logprobs is not None
     return Job(
         reply_id=f"cmpl-{reply_id(request, request_id)}",
@@ -59,7 +59,7 @@ def chat_job(request: ChatRequest, engine: EngineClient, template: ChatTemplate 
     """Turn a chat request into a job; raises `InvalidRequestError`."""
     extra = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
     prompt = render_conversation(request, template, extra)
-    _check_num_sequences(1, request.n)
+    _check_num_sequences(1, request.n, engine.model_info)
     max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     return Job(
         reply_id=f"chatcmpl-{reply_id(request, request_id)}",
@@ -118,11 +118,11 @@ def engine_request_id(job: Job, prompt_index: int) -> str:
     return f"{job.reply_id}-{prompt_index}-{secrets.token_hex(4)}"
 
 
-def _check_num_sequences(num_prompts: int, n: int) -> None:
-    if num_prompts * n > MAX_SEQUENCES:
+def _check_num_sequences(num_prompts: int, n: int, info: ModelInfo) -> None:
+    limit = min(MAX_SEQUENCES, info.max_queued_requests)  # all of them wait at once before the first one runs
+    if num_prompts * n > limit:
         raise InvalidRequestError(
-            f"{num_prompts} prompts times n={n} are more than {MAX_SEQUENCES} sequences; send several requests",
-            param="n",
+            f"{num_prompts} prompts times n={n} are more than {limit} sequences; send several requests", param="n"
         )
 
 

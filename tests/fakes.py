@@ -80,6 +80,7 @@ class FakeEngine:
     error_after: int = 0
     health: EngineHealth = field(default_factory=lambda: EngineHealth(state=EngineState.READY))
     max_model_len: int = 1024
+    max_queued_requests: int = 1024
     num_cached_tokens: int = 0
     scores_prompt_late: bool = False  # prompt_logprobs come with the last output, not the first
     default_sampling: dict[str, float | int] = field(default_factory=dict)
@@ -94,6 +95,7 @@ class FakeEngine:
             root="/models/fake",
             max_model_len=self.max_model_len,
             vocab_size=self.tokenizer.vocab_size,
+            max_queued_requests=self.max_queued_requests,
             created_s=1_700_000_000,
             fingerprint="fp_fake",
             default_sampling=self.default_sampling,

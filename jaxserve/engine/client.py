@@ -39,6 +39,7 @@ class ModelInfo:
     root: str  # the model reference it was loaded from
     max_model_len: int
     vocab_size: int
+    max_queued_requests: int  # sequences that may wait; a request of more is never taken
     created_s: int  # unix time of start
     fingerprint: str  # identifies weights, settings and code; replies carry it as system_fingerprint
     default_sampling: dict[str, float | int] = field(default_factory=dict)  # from generation_config.json

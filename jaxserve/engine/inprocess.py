@@ -23,7 +23,12 @@ class InProcessEngine:
 
     def __init__(self, config: Config, core: Core, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.preparer = RequestPreparer(self.tokenizer, core.info, seed=config.model.seed)
+        self.preparer = RequestPreparer(
+            self.tokenizer,
+            core.info,
+            seed=config.model.seed,
+            max_queued_requests=config.scheduler.max_queued_requests,
+        )
         self._core = core
 
     @property

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from jaxserve.config import ModelSettings
+from jaxserve.config import Config, ModelSettings
 from jaxserve.engine.client import ModelInfo
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
@@ -39,8 +39,10 @@ MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 class RequestPreparer:
     """Checks and tokenises requests for one model. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, info: CoreInfo, *, seed: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, info: CoreInfo, *, seed: int, max_queued_requests: int) -> None:
+        """`max_queued_requests` is the queue's: a request of more sequences would be refused however often it came."""
         self._tokenizer = tokenizer
+        self._max_queued_requests = max_queued_requests
         self._max_model_len = info.max_model_len
         self._vocab_size = info.vocab_size
         self._eos_token_ids = sorted({*info.eos_token_ids, *tokenizer.eos_token_ids})
@@ -60,6 +62,12 @@ class RequestPreparer:
         """The whole way from a user's request to the engine's; raises `InvalidRequestError`."""
         arrival_time_s = time.monotonic()
         params.validate().validate_token_ids(self._vocab_size)
+        if params.n > self._max_queued_requests:
+            raise InvalidRequestError(
+                f"n={params.n} asks for more sequences than the queue ever holds, {self._max_queued_requests}; lower "
+                "n, or serve with a larger max_queued_requests",
+                param="n",
+            )
         if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
             raise InvalidRequestError(
                 f"priority must be an integer from {MIN_PRIORITY} to {MAX_PRIORITY}, got {priority}", param="priority"
@@ -207,14 +215,15 @@ def load_tokenizer(settings: ModelSettings) -> Tokenizer:
     )
 
 
-def model_info(settings: ModelSettings, info: CoreInfo) -> ModelInfo:
+def model_info(config: Config, info: CoreInfo) -> ModelInfo:
     """What clients may want to know, from the settings and from what the core found in the checkpoint."""
     return ModelInfo(
-        served_names=settings.served_names,
-        root=settings.model,
+        served_names=config.model.served_names,
+        root=config.model.model,
         max_model_len=info.max_model_len,
         vocab_size=info.vocab_size,
         created_s=int(time.time()),
         fingerprint=info.fingerprint,
+        max_queued_requests=config.scheduler.max_queued_requests,
         default_sampling=info.default_sampling,
     )

@@ -105,8 +105,13 @@ class ProcessEngineClient:
             raise
         self.tokenizer, self.core_info = loading.result(), starting.result()
         self.metrics.set_core_info(self.core_info)
-        self._preparer = RequestPreparer(self.tokenizer, self.core_info, seed=self._config.model.seed)
-        self.model_info = model_info(self._config.model, self.core_info)
+        self._preparer = RequestPreparer(
+            self.tokenizer,
+            self.core_info,
+            seed=self._config.model.seed,
+            max_queued_requests=self._config.scheduler.max_queued_requests,
+        )
+        self.model_info = model_info(self._config, self.core_info)
 
     async def generate(
         self,

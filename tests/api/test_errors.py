@@ -211,3 +211,12 @@ def test_requests_wait_for_a_ready_engine(state: EngineState, code: str) -> None
     response = client.post("/v1/chat/completions", json={"messages": USER})
     assert error_of(response, 503)["code"] == code
     assert int(response.headers["retry-after"]) > 0
+
+
+def test_more_sequences_than_the_queue_ever_holds_are_a_bad_request() -> None:
+    client = TestClient(create_app(FakeEngine(max_queued_requests=4), ServerSettings()))
+    body = {"model": "fake", "prompt": ["a", "b"], "max_tokens": 1}
+    assert client.post("/v1/completions", json=body | {"n": 2}).status_code == 200
+    error = error_of(client.post("/v1/completions", json=body | {"n": 3}), 400)
+    assert error["param"] == "n"
+    assert "2 prompts times n=3 are more than 4 sequences" in error["message"]

@@ -14,7 +14,7 @@ CONTEXT = 20
 @pytest.fixture
 def prepare(tokenizer):
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(tokenizer, info, seed=0)
+    preparer = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4)
     return lambda prompt="abc", **params: preparer.prepare(prompt, SamplingParams(**params), request_id="r")
 
 
@@ -70,11 +70,15 @@ def test_long_text_is_tokenised_as_short_text_is(tokenizer):
     info = CoreInfo(max_model_len=10_000, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
     text = "abc " * 2000
 
-    prepared = RequestPreparer(tokenizer, info, seed=0).prepare(text, SamplingParams(), request_id="r")
+    prepared = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4).prepare(
+        text, SamplingParams(), request_id="r"
+    )
 
     assert prepared.prompt_token_ids == tokenizer.encode(text)
     with pytest.raises(InvalidRequestError, match="surrogates"):
-        RequestPreparer(tokenizer, info, seed=0).prepare(text + "\ud800", SamplingParams(), request_id="r")
+        RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4).prepare(
+            text + "\ud800", SamplingParams(), request_id="r"
+        )
 
 
 def test_prompt_and_max_tokens_must_fit_together(prepare):
@@ -171,7 +175,7 @@ def test_rules_that_leave_a_token_are_taken(prepare, fields):
 @pytest.mark.parametrize("priority", [2**70, -(2**31) - 1])
 def test_a_priority_that_no_message_can_carry_is_refused(tokenizer, priority):
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(tokenizer, info, seed=0)
+    preparer = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4)
     with pytest.raises(InvalidRequestError, match="priority must be an integer"):
         preparer.prepare("abc", SamplingParams(), request_id="r", priority=priority)
 
@@ -180,3 +184,11 @@ def test_a_priority_that_no_message_can_carry_is_refused(tokenizer, priority):
 def test_values_that_would_break_a_row_are_refused(prepare, name, value):
     with pytest.raises(InvalidRequestError, match=name):
         prepare("abc", **{name: value})
+
+
+def test_more_sequences_than_the_queue_holds_are_wrong_not_too_early(prepare):
+    assert len(prepare(n=4).sequences) == 4
+    with pytest.raises(InvalidRequestError, match="n=5 asks for more sequences than the queue ever holds, 4") as raised:
+        prepare(n=5)
+
+    assert (raised.value.param, raised.value.status) == ("n", 400)
