@@ -28,3 +28,13 @@ def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
     gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")  # no other backend waits for it
     index = () if jax.__version_info__ >= (0, 11) else ((),)
     return gpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def gpu_operand(x: jax.Array, *, interpret: Any) -> Any:
+    """An operand of a Mosaic GPU kernel that only reads it.
+
+    The interpreter of JAX 0.10 must be told that an array lies in global memory. Compiled kernels get the array
+    itself: a reference would count as written to, and be copied first.
+    """
+    gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    return jax.new_ref(x, memory_space=gpu.GMEM) if interpret else x

@@ -56,5 +56,5 @@ def test_wrong_arguments_raise_value_error():
         kv_write(k, k, pool, pool, slots[:2])
     with pytest.raises(ValueError, match="of one dtype"):
         kv_write(k, k, pool, pool.astype(jnp.float16), slots)
-    with pytest.raises(NotImplementedError, match="mosaic_gpu"):
-        kv_write(k, k, pool, pool, slots, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="unknown implementation"):
+        kv_write(k, k, pool, pool, slots, implementation="triton")
