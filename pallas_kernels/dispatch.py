@@ -8,7 +8,7 @@ import jax
 Implementation = Literal["mosaic_gpu", "mosaic_tpu", "xla"]
 
 # The first that does not raise NotImplementedError wins. "xla" runs everywhere, so it ends every list.
-_PREFERENCE: Mapping[str, tuple[Implementation, ...]] = {
+PREFERENCE: Mapping[str, tuple[Implementation, ...]] = {
     "cuda": ("mosaic_gpu", "xla"),
     "gpu": ("mosaic_gpu", "xla"),
     "tpu": ("mosaic_tpu", "xla"),
@@ -37,7 +37,7 @@ def dispatch(
             raise NotImplementedError(f"{op} has no {implementation!r} kernel; it has {sorted(kernels)}")
         return kernels[implementation](*args, **kwargs)
     refusals = []
-    for name in _PREFERENCE.get(jax.default_backend(), ("xla",)):
+    for name in PREFERENCE.get(jax.default_backend(), ("xla",)):
         if name not in kernels:
             continue
         try:

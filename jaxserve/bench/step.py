@@ -15,6 +15,8 @@ from jaxserve.config import load_config
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.startup import Started
+from jaxserve.layers.attention import AttentionBackend
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard
@@ -22,6 +24,7 @@ from jaxserve.runner.slot_table import SlotTable
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
+from pallas_kernels.paged_attention import AttentionGeometry
 
 VOCAB_SIZE = 32000
 TOKEN_ID = 7  # what the instant model always says
@@ -72,7 +75,9 @@ def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, I
     buckets = Buckets.plan(
         max_num_batched_tokens=settings.max_num_batched_tokens, max_num_seqs=num_running, min_tokens=1, token_sizes=None
     )
-    runner = InstantRunner(slots, BatchBuilder(buckets, slots, block_size=BLOCK_SIZE))
+    geometry = AttentionGeometry(q_heads=1, kv_heads=1, head_dim=64, block_size=BLOCK_SIZE, dtype="float32")
+    backend = AttentionBackend(mesh=make_mesh(), implementation="xla", geometry=geometry)
+    runner = InstantRunner(slots, BatchBuilder(buckets, slots, backend))
     info = CoreInfo(
         max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,

@@ -24,7 +24,6 @@ from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.errors import ConfigError
-from jaxserve.layers.attention import AttentionBackend
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
@@ -37,7 +36,7 @@ from jaxserve.runner.memory import (
     fit_context,
     num_useful_blocks,
 )
-from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.model_graph import ModelGraph, Params, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
 from jaxserve.runner.programs import Programs, ProgramShapes
 from jaxserve.scheduler.scheduler import Scheduler
@@ -103,10 +102,15 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         mesh = make_mesh(config.parallel.tensor_parallel_size)
     with phases.phase("open"):
         files = open_model(config.model)
-        implementation = None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend
-        backend = AttentionBackend(mesh=mesh, implementation=implementation)
+        settings, spec = _settings(config, files, mesh)
+        backend = choose_backend(
+            files.decoder,
+            dtype=files.dtype,
+            block_size=spec.block_size,
+            mesh=mesh,
+            asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
+        )
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
-    settings, spec = _settings(config, files, mesh)
     buckets = _buckets(config, settings, mesh, files)
     assembly = _Assembly(
         config=config, files=files, graph=graph, settings=settings, spec=spec, buckets=buckets, phases=phases

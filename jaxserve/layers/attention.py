@@ -18,7 +18,7 @@ from jaxserve.layers.rope import Rotation, rotate
 from jaxserve.parallel.mesh import TENSOR
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write import kv_write
-from pallas_kernels.paged_attention import AttentionMetadata, paged_attention
+from pallas_kernels.paged_attention import AttentionGeometry, AttentionMetadata, paged_attention
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["metadata", "kv_slots"], meta_fields=[])
@@ -32,10 +32,11 @@ class AttentionInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionBackend:
-    """Where attention runs: the mesh, and which kernel (None: the device's best)."""
+    """Where attention runs: the mesh, and which implementation for which sizes."""
 
     mesh: Mesh
-    implementation: Implementation | None = None
+    implementation: Implementation
+    geometry: AttentionGeometry  # of one device's heads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,6 @@ class Attention(nnx.Module):
             _write_and_attend,
             scale=self.shape.head_dim**-0.5,
             sliding_window=self.sliding_window,
-            implementation=self.backend.implementation,
         )
         if self.backend.mesh.size > 1:  # kernels see one device's heads; nothing crosses devices here
             heads = PartitionSpec(None, TENSOR)
@@ -120,17 +120,9 @@ def _write_and_attend(
     *,
     scale: float,
     sliding_window: int | None,
-    implementation: Implementation | None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
     """Write this step's K and V, then attend to all of each sequence's; new blocks are readable at once."""
-    cache = kv_write(k, v, *cache, inputs.kv_slots, implementation=implementation)
+    cache = kv_write(k, v, *cache, inputs.kv_slots, implementation=inputs.metadata.implementation)
     flat = q.reshape(q.shape[0], -1, q.shape[-1])  # [tokens, q_heads, head_dim]
-    attended = paged_attention(
-        flat,
-        *cache,
-        inputs.metadata,
-        scale=scale,
-        sliding_window=sliding_window,
-        implementation=implementation,
-    )
+    attended = paged_attention(flat, *cache, inputs.metadata, scale=scale, sliding_window=sliding_window)
     return attended.reshape(q.shape).astype(jnp.result_type(q)), cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.layers.attention import AttentionBackend
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.scheduler.plan import StepPlan
@@ -40,10 +41,11 @@ class HostBatch:
 class BatchBuilder:
     """Builds each step's `HostBatch` from its plan and the slot table."""
 
-    def __init__(self, buckets: Buckets, slots: SlotTable, *, block_size: int) -> None:
+    def __init__(self, buckets: Buckets, slots: SlotTable, backend: AttentionBackend) -> None:
         self._buckets = buckets
         self._slots = slots
-        self._block_size = block_size
+        self._backend = backend
+        self._block_size = backend.geometry.block_size
 
     def build(self, plan: StepPlan) -> HostBatch:
         """Pad the plan's rows to the smallest bucket; `slots.apply(plan)` must have been called."""
@@ -70,7 +72,8 @@ class BatchBuilder:
                 num_tokens,
                 starts + num_tokens,
                 block_tables[row_slots],
-                block_size=self._block_size,
+                geometry=self._backend.geometry,
+                implementation=self._backend.implementation,
                 num_tokens=bucket.num_tokens,
                 num_rows=bucket.num_rows,
             ),
@@ -106,7 +109,7 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
     return padded
 
 
-def empty_batch(bucket: Bucket, *, block_size: int, blocks_per_seq: int) -> HostBatch:
+def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: int) -> HostBatch:
     """A batch of padding alone: its shapes are those of every batch of the bucket."""
     nothing = np.zeros(0, np.int32)
     tokens, rows = (np.zeros(size, np.int32) for size in (bucket.num_tokens, bucket.num_rows))
@@ -121,7 +124,8 @@ def empty_batch(bucket: Bucket, *, block_size: int, blocks_per_seq: int) -> Host
             nothing,
             nothing,
             np.zeros((0, blocks_per_seq), np.int32),
-            block_size=block_size,
+            geometry=backend.geometry,
+            implementation=backend.implementation,
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,
         ),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -16,6 +18,10 @@ from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
 from jaxserve.models.registry import family
 from jaxserve.parallel.mesh import LogicalAxes, sharding
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation
+
+logger = logging.getLogger(__name__)
 
 Params = dict[str, jax.Array]  # dotted path -> value
 
@@ -24,7 +30,6 @@ class ModelGraph:
     """A model without values: built abstract, bound to parameters inside a jitted function."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
-        _check_divisible(config, backend.mesh.size)
         self.config = replace(config, num_shards=backend.mesh.size)
         platform = backend.mesh.devices.flat[0].platform
         self.numerics = Numerics.for_platform(platform, dtype)
@@ -32,6 +37,7 @@ class ModelGraph:
         model = self._family(self.config, numerics=self.numerics, backend=backend)
         self._graph, state = nnx.split(model)
         self._variables = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
+        self.backend = backend
         self.mesh: Mesh = backend.mesh
 
     def bind(self, params: Mapping[str, jax.Array]) -> CausalLM:
@@ -58,6 +64,33 @@ class ModelGraph:
         """The parameters that `logits` reads."""
         prefix = "embedding." if self.config.tie_embeddings else "head."
         return [name for name in self._variables if name.startswith(prefix)]
+
+
+def choose_backend(
+    config: DecoderConfig,
+    *,
+    dtype: DTypeLike,
+    block_size: int,
+    mesh: Mesh,
+    asked: Implementation | None = None,
+) -> AttentionBackend:
+    """The attention implementation for this model on this mesh; `ConfigError` where it cannot be split or served."""
+    _check_divisible(config, mesh.size)
+    geometry = AttentionGeometry(
+        q_heads=config.num_q_heads // mesh.size,
+        kv_heads=config.num_kv_heads // mesh.size,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype=jnp.dtype(dtype).name,
+        sliding_windows=(config.sliding_window,),
+    )
+    try:
+        chosen, refusals = choose_implementation(asked, geometry, platform=mesh.devices.flat[0].platform)
+    except NotImplementedError as refusal:
+        raise ConfigError(f"attention_backend {asked or 'auto'!r}: {refusal}") from refusal
+    for refusal in refusals:
+        logger.warning("attention runs on %s, because %s", chosen, refusal)
+    return AttentionBackend(mesh=mesh, implementation=chosen, geometry=geometry)
 
 
 def _check_divisible(config: DecoderConfig, num_shards: int) -> None:

@@ -66,7 +66,7 @@ class ModelRunner:
             vocab_size=graph.config.vocab_size,
             sharding=replicated(graph.mesh),
         )
-        self._builder = BatchBuilder(shapes.buckets, self._slots, block_size=shapes.kv_spec.block_size)
+        self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len = shapes.max_model_len
 
     def dispatch(self, plan: StepPlan) -> PendingStep:

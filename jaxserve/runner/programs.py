@@ -175,7 +175,7 @@ class Programs:
 
     def _padding(self, bucket: Bucket) -> HostBatch:
         blocks = self._shapes.blocks_per_seq
-        return empty_batch(bucket, block_size=self._shapes.kv_spec.block_size, blocks_per_seq=blocks)
+        return empty_batch(bucket, self._graph.backend, blocks_per_seq=blocks)
 
     # Abstract arguments ----------------------------------------------------------------------------------------------
 

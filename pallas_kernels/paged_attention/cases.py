@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.numerics import logical_dtype, pool_dtype, pool_shape
+from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, build_metadata
 
 
@@ -26,7 +28,20 @@ class Case:
     has_prefill: bool = False
     sliding_window: int | None = None
     soft_cap: float | None = None
+    sinks: bool = False
     shared_blocks: int = 0  # leading blocks that all rows share, as far as they have them
+
+    @property
+    def geometry(self) -> AttentionGeometry:
+        """Of a model all of whose layers look like the case."""
+        return AttentionGeometry(
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            block_size=self.block_size,
+            dtype=self.dtype,
+            sliding_windows=(self.sliding_window,),
+        )
 
     @property
     def query_lens(self) -> list[int]:
@@ -48,6 +63,7 @@ class Inputs:
     v_pool: jax.Array
     k_values: np.ndarray
     v_values: np.ndarray
+    sinks: jax.Array | None  # f32[q_heads]
     block_tables: np.ndarray  # i32[batch rows, blocks_per_seq]
     metadata: AttentionMetadata
 
@@ -93,6 +109,8 @@ CASES: tuple[Case, ...] = (
     ),
     Case(name="sliding_window", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=40),
     Case(name="window_of_one", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sliding_window=1),
+    Case(name="sinks", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sinks=True),
+    Case(name="sinks_and_window", rows=_DECODES, sliding_window=3, soft_cap=2.0, sinks=True),
     Case(name="soft_cap", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, soft_cap=2.0),
     Case(name="bfloat16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16"),
     Case(name="float16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="float16"),
@@ -112,8 +130,8 @@ CASES: tuple[Case, ...] = (
 )
 
 
-def make_inputs(case: Case, *, unread: float = 0.0, seed: int = 0) -> Inputs:
-    """Seeded inputs with permuted blocks. Slots that no row may read hold `unread`, those of block 0 included."""
+def make_inputs(case: Case, *, implementation: Implementation = "xla", unread: float = 0.0, seed: int = 0) -> Inputs:
+    """Seeded inputs with permuted blocks, and the plan. Slots that no row may read hold `unread`."""
     rng = np.random.default_rng(seed)
     blocks_per_seq = -(-BLOCKS_PER_SEQ * 16 // case.block_size)
     used = [-(-kv_len // case.block_size) for kv_len in case.kv_lens]
@@ -136,7 +154,8 @@ def make_inputs(case: Case, *, unread: float = 0.0, seed: int = 0) -> Inputs:
         case.query_lens,
         case.kv_lens,
         tables,
-        block_size=case.block_size,
+        geometry=case.geometry,
+        implementation=implementation,
         num_tokens=case.num_tokens,
         num_rows=case.num_rows,
         has_prefill=case.has_prefill,
@@ -148,6 +167,7 @@ def make_inputs(case: Case, *, unread: float = 0.0, seed: int = 0) -> Inputs:
         v_pool=v_pool,
         k_values=k_values,
         v_values=v_values,
+        sinks=jnp.asarray(rng.standard_normal(case.q_heads), jnp.float32) if case.sinks else None,
         block_tables=tables,
         metadata=metadata,
     )

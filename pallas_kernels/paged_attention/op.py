@@ -1,21 +1,16 @@
 """Contract of paged_attention: causal attention of a ragged batch of queries over paged keys and values."""
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.kv_write.op import check_pools
+from pallas_kernels.paged_attention.implementations import implementation_of
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.xla import paged_attention_xla
-
-_KERNELS: Mapping[Implementation, Callable[..., Any]] = {"xla": paged_attention_xla}
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap", "implementation"), inline=True)
+@functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"), inline=True)
 def paged_attention(
     q: jax.Array,  # [tokens, q_heads, head_dim]
     k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
@@ -25,19 +20,19 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    implementation: Implementation | None = None,
+    sinks: jax.Array | None = None,  # f32[q_heads]
 ) -> jax.Array:
     """Returns [tokens, q_heads, head_dim] in q's dtype; zeros for padding tokens.
 
-    The keys and values of this step's tokens are already in the pools (kv_write). A query at position p sees the
-    positions max(0, p - sliding_window + 1)..p of its own sequence. `soft_cap` squashes the scaled scores to
-    soft_cap * tanh(scores / soft_cap). Slots that no query sees may hold anything, NaN included.
+    The implementation is the one that planned the batch (`metadata.implementation`). The keys and values of this
+    step's tokens are already in the pools (kv_write). A query at position p sees the positions
+    max(0, p - sliding_window + 1)..p of its own sequence. `soft_cap` squashes the scaled scores to
+    soft_cap * tanh(scores / soft_cap). `sinks` add exp(sink) to each softmax's denominator, after the soft cap
+    (attention sinks, Xiao et al. 2024, as gpt-oss learns them). Slots that no query sees may hold anything, NaN
+    included.
     """
-    _check(q, k_pool, v_pool, metadata, sliding_window, soft_cap)
-    return dispatch(
-        "paged_attention",
-        _KERNELS,
-        implementation,
+    _check(q, k_pool, v_pool, metadata, sliding_window, soft_cap, sinks)
+    return implementation_of(metadata.implementation).paged_attention(
         q,
         k_pool,
         v_pool,
@@ -45,6 +40,7 @@ def paged_attention(
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
+        sinks=sinks,
     )
 
 
@@ -55,6 +51,7 @@ def _check(
     metadata: AttentionMetadata,
     sliding_window: int | None,
     soft_cap: float | None,
+    sinks: jax.Array | None,
 ) -> None:
     check_pools(k_pool, v_pool)
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
@@ -65,9 +62,11 @@ def _check(
             f"q has {q.shape[1]} heads of {q.shape[2]}, the pools {kv_heads} of {head_dim}; "
             "head_dim must be equal and q_heads a multiple of kv_heads"
         )
-    if metadata.output_rows.shape != q.shape[:1]:
-        raise ValueError(f"metadata was built for {metadata.output_rows.shape[0]} tokens, q has {q.shape[0]}")
+    if metadata.num_tokens != q.shape[0]:
+        raise ValueError(f"metadata was built for {metadata.num_tokens} tokens, q has {q.shape[0]}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 token or None, got {sliding_window}")
     if soft_cap is not None and soft_cap <= 0:
         raise ValueError(f"soft_cap must be positive or None, got {soft_cap}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
+        raise ValueError(f"sinks must be float32[{q.shape[1]}] or None, got {sinks.dtype}{list(sinks.shape)}")

@@ -14,6 +14,7 @@ def paged_attention_reference(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    sinks: np.ndarray | None = None,  # [q_heads]
 ) -> np.ndarray:
     """Returns float64 [tokens, q_heads, head_dim]; tokens past the last row get zeros."""
     q, k_pool, v_pool = (np.asarray(x, np.float64) for x in (q, k_pool, v_pool))
@@ -28,7 +29,8 @@ def paged_attention_reference(
             for head in range(q.shape[1]):
                 keys = np.stack([k_pool[block, offset, head // group] for block, offset in places])
                 values = np.stack([v_pool[block, offset, head // group] for block, offset in places])
-                out[token, head] = _softmax(_scores(q[token, head], keys, scale, soft_cap)) @ values
+                sink = None if sinks is None else float(sinks[head])
+                out[token, head] = _softmax(_scores(q[token, head], keys, scale, soft_cap), sink) @ values
             token += 1
     return out
 
@@ -38,6 +40,8 @@ def _scores(query: np.ndarray, keys: np.ndarray, scale: float, soft_cap: float |
     return scores if soft_cap is None else soft_cap * np.tanh(scores / soft_cap)
 
 
-def _softmax(scores: np.ndarray) -> np.ndarray:
-    weights = np.exp(scores - scores.max())
-    return weights / weights.sum()
+def _softmax(scores: np.ndarray, sink: float | None) -> np.ndarray:
+    """Weights of the scores; with a sink they add up to less than one."""
+    top = scores.max() if sink is None else max(scores.max(), sink)
+    weights = np.exp(scores - top)
+    return weights / (weights.sum() + (0.0 if sink is None else np.exp(sink - top)))

@@ -5,44 +5,48 @@ import time
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import build_metadata
-from pallas_kernels.paged_attention.metadata import QUERY_TILE
+from pallas_kernels.paged_attention import AttentionGeometry, build_metadata
+from pallas_kernels.paged_attention.xla.plan import QUERY_TILE
 
 TABLES = np.arange(1, 33, dtype=np.int32).reshape(4, 8)
 
 
+def geometry(block_size):
+    return AttentionGeometry(q_heads=4, kv_heads=2, head_dim=64, block_size=block_size, dtype="float32")
+
+
 def build(query_lens, kv_lens, tables=None, **overrides):
-    bucket = {"block_size": 64, "num_tokens": 256, "num_rows": 4} | overrides
+    bucket = {"geometry": geometry(64), "num_tokens": 256, "num_rows": 4} | overrides
     return build_metadata(query_lens, kv_lens, TABLES[: len(query_lens)] if tables is None else tables, **bucket)
 
 
 def test_decode_rows_come_longest_first_and_prefills_are_cut_into_tiles():
     metadata = build([1, QUERY_TILE + 6, 1, 2], [30, 100, 50, 2])
-    assert metadata.decode_rows[:2].tolist() == [2, 0]
-    assert metadata.decode_lens[:3].tolist() == [50, 30, 0]
-    assert metadata.decode_tokens[:2].tolist() == [QUERY_TILE + 7, 0]
-    assert (metadata.num_decodes, metadata.num_tiles) == (2, 3)
-    assert metadata.tile_rows[:3].tolist() == [1, 1, 3]
-    assert metadata.tile_tokens[:3].tolist() == [1, 1 + QUERY_TILE, QUERY_TILE + 8]
-    assert metadata.tile_positions[:3].tolist() == [30, 30 + QUERY_TILE, 0]
-    assert metadata.tile_lens[:3].tolist() == [QUERY_TILE, 6, 2]
+    assert metadata.plan.decode_rows[:2].tolist() == [2, 0]
+    assert metadata.plan.decode_lens[:3].tolist() == [50, 30, 0]
+    assert metadata.plan.decode_tokens[:2].tolist() == [QUERY_TILE + 7, 0]
+    assert (metadata.plan.num_decodes, metadata.plan.num_tiles) == (2, 3)
+    assert metadata.plan.tile_rows[:3].tolist() == [1, 1, 3]
+    assert metadata.plan.tile_tokens[:3].tolist() == [1, 1 + QUERY_TILE, QUERY_TILE + 8]
+    assert metadata.plan.tile_positions[:3].tolist() == [30, 30 + QUERY_TILE, 0]
+    assert metadata.plan.tile_lens[:3].tolist() == [QUERY_TILE, 6, 2]
     assert metadata.query_starts.tolist() == [0, 1, QUERY_TILE + 7, QUERY_TILE + 8, QUERY_TILE + 10]
 
 
 def test_each_token_reads_its_own_result_and_padding_reads_the_zeros():
     metadata = build([3, 1], [3, 5], num_tokens=70)
-    zeros = len(metadata.decode_rows)
-    assert metadata.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 66]
+    zeros = len(metadata.plan.decode_rows)
+    assert metadata.plan.output_rows.tolist() == [zeros + 1, zeros + 2, zeros + 3, 0, *[zeros] * 66]
 
 
 def test_every_token_of_a_small_bucket_is_a_decode():
     metadata = build([3, 1], [5, 4], num_tokens=8)
-    assert metadata.tile_rows.shape == (0,)
-    assert (metadata.num_decodes, metadata.num_tiles) == (4, 0)
-    assert metadata.decode_lens.tolist() == [5, 4, 4, 3, 0, 0, 0, 0]
-    assert metadata.decode_rows[:4].tolist() == [0, 0, 1, 0]
-    assert metadata.decode_tokens[:4].tolist() == [2, 1, 3, 0]
-    assert metadata.output_rows.tolist() == [3, 1, 0, 2, *[8] * 4]
+    assert metadata.plan.tile_rows.shape == (0,)
+    assert (metadata.plan.num_decodes, metadata.plan.num_tiles) == (4, 0)
+    assert metadata.plan.decode_lens.tolist() == [5, 4, 4, 3, 0, 0, 0, 0]
+    assert metadata.plan.decode_rows[:4].tolist() == [0, 0, 1, 0]
+    assert metadata.plan.decode_tokens[:4].tolist() == [2, 1, 3, 0]
+    assert metadata.plan.output_rows.tolist() == [3, 1, 0, 2, *[8] * 4]
 
 
 def test_every_batch_that_fits_a_bucket_fits_its_tiles():
@@ -52,7 +56,7 @@ def test_every_batch_that_fits_a_bucket_fits_its_tiles():
         query_lens = 1 + rng.multinomial(int(rng.integers(0, 200)), np.ones(num_rows) / num_rows)
         tables = np.ones((num_rows, 8), np.int32)
         metadata = build(query_lens, query_lens, tables, num_tokens=int(query_lens.sum()), num_rows=num_rows)
-        assert metadata.tile_lens.sum() + metadata.num_decodes == query_lens.sum()
+        assert metadata.plan.tile_lens.sum() + metadata.plan.num_decodes == query_lens.sum()
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_256_rows_take_well_under_a_millisecond():
     rng = np.random.default_rng(0)
     kv_lens = rng.integers(1, 8192, 256)
     tables = np.ones((256, 512), np.int32)
-    bucket = {"block_size": 16, "num_tokens": 256, "num_rows": 256}
+    bucket = {"geometry": geometry(16), "num_tokens": 256, "num_rows": 256}
     times = []
     for _ in range(50):
         start = time.perf_counter()
@@ -92,8 +96,8 @@ def test_common_chunks_are_whole_and_leave_each_row_a_position_of_its_own() -> N
 
     def common(kv_lens: list[int], rows: list[int]) -> int:
         ones = np.ones(len(rows), np.int32)
-        metadata = build_metadata(ones, kv_lens, tables[rows], block_size=16, num_tokens=8, num_rows=8)
-        return int(metadata.num_common_chunks)
+        metadata = build_metadata(ones, kv_lens, tables[rows], geometry=geometry(16), num_tokens=8, num_rows=8)
+        return int(metadata.plan.num_common_chunks)
 
     assert common([300, 310, 320], [0, 1, 2]) == 2
     assert common([257, 310], [0, 1]) == 2

@@ -2,12 +2,18 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.numerics import tolerance
-from pallas_kernels.paged_attention import build_metadata, metadata_shapes, paged_attention
+from pallas_kernels.paged_attention import (
+    build_metadata,
+    choose_implementation,
+    metadata_shapes,
+    paged_attention,
+)
 from pallas_kernels.paged_attention.cases import CASES, Case, Inputs, make_inputs
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
@@ -15,7 +21,7 @@ IMPLEMENTATIONS = ("xla",)
 BY_NAME = {case.name: case for case in CASES}
 
 
-def attend(case: Case, inputs: Inputs, implementation: str | None = "xla") -> np.ndarray:
+def attend(case: Case, inputs: Inputs) -> np.ndarray:
     out = paged_attention(
         inputs.q,
         inputs.k_pool,
@@ -24,7 +30,7 @@ def attend(case: Case, inputs: Inputs, implementation: str | None = "xla") -> np
         scale=case.head_dim**-0.5,
         sliding_window=case.sliding_window,
         soft_cap=case.soft_cap,
-        implementation=implementation,
+        sinks=inputs.sinks,
     )
     assert out.dtype == inputs.q.dtype
     return np.asarray(out.astype(jnp.float32))
@@ -41,14 +47,15 @@ def expected(case: Case, inputs: Inputs) -> np.ndarray:
         scale=case.head_dim**-0.5,
         sliding_window=case.sliding_window,
         soft_cap=case.soft_cap,
+        sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference(case, implementation):
-    inputs = make_inputs(case)
-    np.testing.assert_allclose(attend(case, inputs, implementation), expected(case, inputs), **tolerance(case.dtype))
+    inputs = make_inputs(case, implementation=implementation)
+    np.testing.assert_allclose(attend(case, inputs), expected(case, inputs), **tolerance(case.dtype))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -60,79 +67,91 @@ def test_slots_that_nobody_may_read_never_leak(name, unread, implementation):
     case = BY_NAME[name]
     if case.dtype == "float16":
         unread = np.float16(6e4) if unread == 1e30 else unread
-    clean, dirty = make_inputs(case), make_inputs(case, unread=float(unread))
-    np.testing.assert_array_equal(attend(case, clean, implementation), attend(case, dirty, implementation))
+    clean, dirty = (
+        make_inputs(case, implementation=implementation),
+        make_inputs(case, implementation=implementation, unread=float(unread)),
+    )
+    np.testing.assert_array_equal(attend(case, clean), attend(case, dirty))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_padding_tokens_get_zeros_whatever_their_queries(implementation):
     case = BY_NAME["decodes_and_prefills"]
-    inputs = make_inputs(case)
+    inputs = make_inputs(case, implementation=implementation)
     num_tokens = sum(case.query_lens)
     dirty = dataclasses.replace(inputs, q=inputs.q.at[num_tokens:].set(jnp.nan))
-    out = attend(case, dirty, implementation)
+    out = attend(case, dirty)
     assert not out[num_tokens:].any()
-    np.testing.assert_array_equal(out, attend(case, inputs, implementation))
+    np.testing.assert_array_equal(out, attend(case, inputs))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_decode_row_gets_the_same_bits_alone_and_in_a_batch(implementation):
     batch = BY_NAME["more_rows_than_a_group"]
-    inputs = make_inputs(batch)
-    together = attend(batch, inputs, implementation)
+    inputs = make_inputs(batch, implementation=implementation)
+    together = attend(batch, inputs)
     for row in (0, 11, 19):
         metadata = build_metadata(
             [1],
             batch.kv_lens[row : row + 1],
             inputs.block_tables[row : row + 1],
-            block_size=16,
+            geometry=batch.geometry,
+            implementation=implementation,
             num_tokens=8,
             num_rows=8,
         )
         q = jnp.zeros((8, *inputs.q.shape[1:]), inputs.q.dtype).at[0].set(inputs.q[row])
-        alone = attend(batch, dataclasses.replace(inputs, q=q, metadata=metadata), implementation)
+        alone = attend(batch, dataclasses.replace(inputs, q=q, metadata=metadata))
         np.testing.assert_array_equal(alone[0], together[row])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_prompt_in_chunks_gets_what_it_gets_at_once(implementation):
     whole = Case(name="whole", rows=((0, 130),), num_tokens=136, num_rows=4, has_prefill=True)
-    inputs = make_inputs(whole)
-    at_once = attend(whole, inputs, implementation)
+    inputs = make_inputs(whole, implementation=implementation)
+    at_once = attend(whole, inputs)
     for computed, new in ((0, 50), (50, 79), (129, 1)):
         metadata = build_metadata(
-            [new], [computed + new], inputs.block_tables, block_size=16, num_tokens=136, num_rows=4
+            [new],
+            [computed + new],
+            inputs.block_tables,
+            geometry=whole.geometry,
+            implementation=implementation,
+            num_tokens=136,
+            num_rows=4,
         )
         q = jnp.zeros_like(inputs.q).at[:new].set(inputs.q[computed : computed + new])
-        chunk = attend(whole, dataclasses.replace(inputs, q=q, metadata=metadata), implementation)
+        chunk = attend(whole, dataclasses.replace(inputs, q=q, metadata=metadata))
         np.testing.assert_allclose(chunk[:new], at_once[computed : computed + new], **tolerance("float32"))
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_metadata_has_the_shapes_that_were_announced(case):
-    metadata = make_inputs(case).metadata
-    shapes = metadata_shapes(
+def test_metadata_has_the_shapes_that_were_announced(case, implementation):
+    metadata = make_inputs(case, implementation=implementation).metadata
+    announced = metadata_shapes(
+        geometry=case.geometry,
+        implementation=implementation,
         num_tokens=case.num_tokens,
         num_rows=case.num_rows,
         blocks_per_seq=metadata.block_tables.shape[1],
         has_prefill=case.has_prefill,
     )
-    for field in dataclasses.fields(metadata):
-        built, announced = getattr(metadata, field.name), getattr(shapes, field.name)
-        assert (built.shape, built.dtype) == (announced.shape, announced.dtype), field.name
+    assert jax.tree.structure(metadata) == jax.tree.structure(announced)
+    shapes = [[(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)] for tree in (metadata, announced)]
+    assert shapes[0] == shapes[1]
 
 
-def test_the_default_implementation_runs_on_this_platform():
-    case = BY_NAME["block_edges"]
-    inputs = make_inputs(case)
-    np.testing.assert_array_equal(attend(case, inputs, None), attend(case, inputs, "xla"))
+def test_xla_serves_a_cpu():
+    geometry = BY_NAME["block_edges"].geometry
+    assert choose_implementation(None, geometry, platform="cpu") == ("xla", [])
+    assert choose_implementation("xla", geometry, platform="gpu") == ("xla", [])
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
-def test_an_implementation_that_does_not_exist_is_refused_by_name(implementation):
-    case = BY_NAME["block_edges"]
-    with pytest.raises(NotImplementedError, match=implementation):
-        attend(case, make_inputs(case), implementation)
+def test_an_implementation_of_another_device_is_refused_by_name(implementation):
+    with pytest.raises(NotImplementedError, match=f"'{implementation}' does not run on cpu"):
+        choose_implementation(implementation, BY_NAME["block_edges"].geometry, platform="cpu")
 
 
 def test_wrong_arguments_raise_value_error():
@@ -152,5 +171,7 @@ def test_wrong_arguments_raise_value_error():
         attend(dataclasses.replace(case, sliding_window=0), inputs)
     with pytest.raises(ValueError, match="soft_cap"):
         attend(dataclasses.replace(case, soft_cap=0.0), inputs)
-    with pytest.raises(ValueError, match="unknown implementation"):
-        attend(case, inputs, "triton")
+    with pytest.raises(ValueError, match="unknown implementation 'triton'"):
+        make_inputs(case, implementation="triton")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"sinks must be float32\[6\]"):
+        attend(case, dataclasses.replace(inputs, sinks=jnp.zeros(5)))

@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.numerics import pool_dtype, pool_shape
-from pallas_kernels.paged_attention import metadata_shapes, paged_attention
+from pallas_kernels.paged_attention import AttentionGeometry, metadata_shapes, paged_attention
 
 NUM_BLOCKS = 2039  # a prime, so that no other array has the size of a pool
 NUM_LAYERS = 3
@@ -31,8 +31,13 @@ def compile_step(num_tokens: int, dtype: str, has_prefill: bool):
     pool = jax.ShapeDtypeStruct(SHAPE, pool_dtype(dtype, "cpu"))
     q = jax.ShapeDtypeStruct((num_tokens, 4, 64), jnp.dtype(dtype))
     slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+    geometry = AttentionGeometry(q_heads=4, kv_heads=2, head_dim=64, block_size=16, dtype=dtype)
     metadata = metadata_shapes(
-        num_tokens=num_tokens, num_rows=min(num_tokens, 8), blocks_per_seq=32, has_prefill=has_prefill
+        geometry=geometry,
+        num_tokens=num_tokens,
+        num_rows=min(num_tokens, 8),
+        blocks_per_seq=32,
+        has_prefill=has_prefill,
     )
     pools = [(pool, pool)] * NUM_LAYERS
     return jax.jit(step, donate_argnums=1).lower(q, pools, slots, metadata).compile()

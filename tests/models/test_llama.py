@@ -11,12 +11,11 @@ import pytest
 
 from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.config import ModelSettings
-from jaxserve.layers.attention import AttentionBackend
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import load_weights, open_model
-from jaxserve.runner.model_graph import ModelGraph
+from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch, forward
 from jaxserve.sampling_params import SamplingParams
@@ -59,7 +58,8 @@ VARIANTS = {
 def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
     """f32[tokens, vocab] of one step that computes the whole prompt."""
     files = open_model(ModelSettings(model=str(folder), dtype="float32"))
-    graph = ModelGraph(files.decoder, dtype=files.dtype, backend=AttentionBackend(mesh=make_mesh()))
+    backend = choose_backend(files.decoder, dtype=files.dtype, block_size=BLOCK_SIZE, mesh=make_mesh())
+    graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     params = load_weights(files, graph, lambda *_: None)
     spec = KVCacheSpec(
         num_layers=files.decoder.num_layers,
@@ -89,7 +89,7 @@ def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
         samples=[True],
     )
     slots.apply(plan)
-    batch = BatchBuilder(Buckets((128,), (2,)), slots, block_size=BLOCK_SIZE).build(plan)
+    batch = BatchBuilder(Buckets((128,), (2,)), slots, backend).build(plan)
     tokens = jnp.zeros((3, 128), jnp.int32).at[1, : len(token_ids)].set(jnp.asarray(token_ids))
     caches = spec.allocate(num_blocks + 1, graph.mesh)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxserve.layers.attention import AttentionBackend
+from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.packing import Packing
@@ -12,8 +14,11 @@ from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan
+from pallas_kernels.paged_attention import AttentionGeometry
 
 BLOCK = 4
+GEOMETRY = AttentionGeometry(q_heads=2, kv_heads=1, head_dim=8, block_size=BLOCK, dtype="float32")
+BACKEND = AttentionBackend(mesh=make_mesh(), implementation="xla", geometry=GEOMETRY)
 
 
 def new_slot(slot: int, token_ids: list[int], block_ids: list[int], **params) -> NewSlot:
@@ -39,7 +44,7 @@ def slots() -> SlotTable:
 
 @pytest.fixture
 def builder(slots: SlotTable) -> BatchBuilder:
-    return BatchBuilder(Buckets((4, 8), (2, 4)), slots, block_size=BLOCK)
+    return BatchBuilder(Buckets((4, 8), (2, 4)), slots, BACKEND)
 
 
 def plan_of(*rows: tuple[int, int, int, bool]) -> StepPlan:
@@ -93,7 +98,7 @@ def test_a_slot_taken_again_forgets_its_last_owner(builder: BatchBuilder, slots:
 
 def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBuilder) -> None:
     batch = builder.build(plan_of((1, 0, 5, True), (3, 2, 1, False)))
-    padding = empty_batch(batch.bucket, block_size=BLOCK, blocks_per_seq=4)
+    padding = empty_batch(batch.bucket, BACKEND, blocks_per_seq=4)
     packing = Packing(ForwardBatch.from_host(padding))
     packed = packing.pack(ForwardBatch.from_host(batch))
     unpacked = packing.unpack(packed)

@@ -11,12 +11,11 @@ import pytest
 
 from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.config import ModelSettings
-from jaxserve.layers.attention import AttentionBackend
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, compile_all
 from jaxserve.runner.loading import open_model
-from jaxserve.runner.model_graph import ModelGraph
+from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.programs import Programs, ProgramShapes
 from tests.checkpoints import save_random_llama
 
@@ -26,7 +25,8 @@ BLOCK_SIZE = 16
 
 def programs_of(folder: Path, dtype: str) -> tuple[Programs, ProgramShapes]:
     files = open_model(ModelSettings(model=str(folder), dtype=dtype))
-    graph = ModelGraph(files.decoder, dtype=files.dtype, backend=AttentionBackend(mesh=make_mesh()))
+    backend = choose_backend(files.decoder, dtype=files.dtype, block_size=BLOCK_SIZE, mesh=make_mesh())
+    graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     spec = KVCacheSpec(
         num_layers=files.decoder.num_layers,
         num_kv_heads=files.decoder.num_kv_heads,

@@ -22,9 +22,11 @@ def row_slots(metadata: AttentionMetadata, *, block_size: int, chunk: int, slidi
 
 def decode_slots(metadata: AttentionMetadata, *, block_size: int, chunk: int, sliding_window: int | None) -> jax.Array:
     """i32[decodes, positions in whole chunks]: of the decode plan's rows, in its order."""
-    tables = metadata.block_tables.at[metadata.decode_rows].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    firsts = None if sliding_window is None else metadata.decode_lens - sliding_window
-    return _slots(tables, firsts, metadata.decode_lens, block_size, chunk)
+    tables = metadata.block_tables.at[metadata.plan.decode_rows].get(
+        mode="promise_in_bounds", wrap_negative_indices=False
+    )
+    firsts = None if sliding_window is None else metadata.plan.decode_lens - sliding_window
+    return _slots(tables, firsts, metadata.plan.decode_lens, block_size, chunk)
 
 
 def _slots(

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.numerics import MASKED, from_storage
-from pallas_kernels.paged_attention.metadata import DECODE_CHUNK, DECODE_GROUP, QUERY_TILE, AttentionMetadata
-from pallas_kernels.paged_attention.slots import decode_slots, row_slots
+from pallas_kernels.paged_attention.metadata import AttentionMetadata
+from pallas_kernels.paged_attention.xla.plan import DECODE_CHUNK, DECODE_GROUP, QUERY_TILE, XlaPlan
+from pallas_kernels.paged_attention.xla.slots import decode_slots, row_slots
 
 _MIN_SHARING = 8  # decodes in a group from which a walk over common chunks pays for its code
 _PREFILL_CHUNK = 128  # positions, a power of two
@@ -34,15 +35,24 @@ class _Running(NamedTuple):
 
 
 class _Scoring(NamedTuple):
-    """The settings of a layer; static."""
+    """The settings of a layer; static but for the sinks."""
 
     scale: float
     sliding_window: int | None
     soft_cap: float | None
+    sinks: jax.Array | None  # f32[q_heads]
 
     def __call__(self, products: jax.Array) -> jax.Array:
         scores = products * self.scale
         return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+    def finish(self, running: _Running, sinks: jax.Array | None) -> jax.Array:
+        """The attended values; a sink is one more score in the denominator, without a value."""
+        if sinks is None:
+            return running.out / running.total[..., None]
+        top = jnp.maximum(running.top, sinks)
+        decay = jnp.exp(running.top - top)
+        return running.out * (decay / (running.total * decay + jnp.exp(sinks - top)))[..., None]
 
     def first_visible(self, position: jax.Array) -> jax.Array | None:
         """The first position that a query at `position` sees; None: every query sees the first of all."""
@@ -68,46 +78,49 @@ class _Pools(NamedTuple):
         return rows.astype(jnp.float32) if rows.dtype == jnp.float16 else rows  # float16 products are slow on CPU
 
 
-def paged_attention_xla(
+def paged_attention(
     q: jax.Array,  # [tokens, q_heads, head_dim]
     k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
     v_pool: jax.Array,
     metadata: AttentionMetadata,
     *,
     scale: float,
-    sliding_window: int | None,
-    soft_cap: float | None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[q_heads]
 ) -> jax.Array:
     """Returns [tokens, q_heads, head_dim] in q's dtype."""
+    plan: XlaPlan = metadata.plan
     block_size, kv_heads, head_dim = k_pool.shape[1:]
     width = kv_heads * head_dim
     pools = _Pools(k_pool.reshape(-1, width), v_pool.reshape(-1, width), block_size, kv_heads)
-    scoring = _Scoring(scale, sliding_window, soft_cap)
+    scoring = _Scoring(scale, sliding_window, soft_cap, sinks)
     decoded = _decode(q, pools, metadata, scoring)
-    if metadata.tile_tokens.shape[0]:
+    if plan.tile_tokens.shape[0]:
         out = _prefill(q, decoded, pools, metadata, scoring)
     else:
         out = jnp.pad(decoded, ((0, 1), (0, 0), (0, 0)))
-    return _take(out, metadata.output_rows).astype(q.dtype)
+    return _take(out, plan.output_rows).astype(q.dtype)
 
 
 def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
     """f32[decodes, q_heads, head_dim]; anything past num_decodes."""
-    q = _take(q, metadata.decode_tokens)
+    plan: XlaPlan = metadata.plan
+    q = _take(q, plan.decode_tokens)
     decodes = q.shape[0]
     group = min(DECODE_GROUP, decodes)
     window = scoring.sliding_window
     slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=DECODE_CHUNK, sliding_window=window)
-    common = metadata.num_common_chunks if window is None and group >= _MIN_SHARING else None
+    common = plan.num_common_chunks if window is None and group >= _MIN_SHARING else None
     if group == decodes:
-        return _decode_group(q, pools, slots_of, metadata.decode_lens, jnp.int32(0), common, scoring)
+        return _decode_group(q, pools, slots_of, plan.decode_lens, jnp.int32(0), common, scoring)
 
     def attend(index: jax.Array, out: jax.Array) -> jax.Array:
         start = index * group
-        queries, lens = _slice(q, start, group), _slice(metadata.decode_lens, start, group)
+        queries, lens = _slice(q, start, group), _slice(plan.decode_lens, start, group)
         return _update(out, _decode_group(queries, pools, slots_of, lens, start, common, scoring), start)
 
-    num_groups = jax.lax.div(metadata.num_decodes + (group - 1), jnp.int32(group))
+    num_groups = jax.lax.div(plan.num_decodes + (group - 1), jnp.int32(group))
     # Zeros would do as well, but XLA lifts constants of all layers to the start of the step and keeps them there.
     return jax.lax.fori_loop(0, num_groups, attend, q.astype(jnp.float32))
 
@@ -145,7 +158,7 @@ def _decode_group(
     alone = running._replace(out=jnp.stack(own, axis=1).reshape(q.shape))
     if common is not None:
         alone = _merge(alone, _decode_common(q, pools, slots_of, start, common, scoring))
-    return alone.out / alone.total[..., None]
+    return scoring.finish(alone, scoring.sinks)
 
 
 def _decode_common(
@@ -195,6 +208,7 @@ def _prefill(
 
     A tile writes QUERY_TILE tokens however many it has: later tiles, whose tokens follow, set right what is theirs.
     """
+    plan: XlaPlan = metadata.plan
     heads, head_dim = q.shape[1:]
     window = scoring.sliding_window
     slots_of = row_slots(metadata, block_size=pools.block_size, chunk=_PREFILL_CHUNK, sliding_window=window)
@@ -202,8 +216,7 @@ def _prefill(
 
     def attend(tile: jax.Array, out: jax.Array) -> jax.Array:
         token, row, start, length = (
-            _scalar(x, tile)
-            for x in (metadata.tile_tokens, metadata.tile_rows, metadata.tile_positions, metadata.tile_lens)
+            _scalar(x, tile) for x in (plan.tile_tokens, plan.tile_rows, plan.tile_positions, plan.tile_lens)
         )
         queries = _slice(q, token + 1, QUERY_TILE)
         queries = queries.reshape(QUERY_TILE, pools.kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
@@ -211,7 +224,7 @@ def _prefill(
         attended = attended.transpose(2, 0, 1, 3).reshape(QUERY_TILE, heads, head_dim)
         return _update(out, attended, token + (decoded.shape[0] + 1))
 
-    return jax.lax.fori_loop(0, metadata.num_tiles, attend, jnp.concatenate([decoded, q.astype(jnp.float32)]))
+    return jax.lax.fori_loop(0, plan.num_tiles, attend, jnp.concatenate([decoded, q.astype(jnp.float32)]))
 
 
 def _prefill_tile(
@@ -243,7 +256,8 @@ def _prefill_tile(
 
     chunks = _chunk_range(scoring.first_visible(start), start + length, _PREFILL_CHUNK)
     running = jax.lax.fori_loop(*chunks, step, _nothing_seen((kv_heads * group, QUERY_TILE), head_dim))
-    return (running.out / running.total[..., None]).reshape(q.shape)
+    sinks = None if scoring.sinks is None else scoring.sinks[:, None]  # [q_heads, 1]
+    return scoring.finish(running, sinks).reshape(q.shape)
 
 
 # Indices below are never negative, and say so: XLA would otherwise wrap each of them.

@@ -1,0 +1,51 @@
+"""The implementations of paged attention, and which of them serves a model on a device."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any, Protocol, get_args
+
+import jax
+
+from pallas_kernels.dispatch import PREFERENCE, Implementation
+from pallas_kernels.paged_attention.geometry import AttentionGeometry
+
+
+class PagedAttention(Protocol):
+    """What a subpackage named for its implementation exports."""
+
+    check_supported: Callable[[AttentionGeometry], None]  # NotImplementedError says what it cannot do
+    plan_shapes: Callable[..., Any]  # ShapeDtypeStructs of a bucket's plan
+    build_plan: Callable[..., Any]  # numpy arrays of these shapes
+    paged_attention: Callable[..., jax.Array]  # see op.py
+
+
+def implementation_of(name: Implementation) -> PagedAttention:
+    """The implementation, imported when first asked for: Mosaic takes long to import where it is not used."""
+    if name not in get_args(Implementation):
+        raise ValueError(f"paged_attention: unknown implementation {name!r}; use one of {get_args(Implementation)}")
+    module: Any = importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+    return module
+
+
+def choose_implementation(
+    asked: Implementation | None, geometry: AttentionGeometry, *, platform: str
+) -> tuple[Implementation, list[str]]:
+    """The implementation for a model on "cpu", "gpu" or "tpu", and why better ones were passed over.
+
+    One that is asked for by name is taken or refused: NotImplementedError with its reason.
+    """
+    preferred = PREFERENCE.get(platform, ("xla",))
+    if asked is not None:
+        if asked not in preferred:
+            raise NotImplementedError(f"{asked!r} does not run on {platform}; here are {', '.join(preferred)}")
+        implementation_of(asked).check_supported(geometry)
+        return asked, []
+    refusals = []
+    for name in preferred:
+        try:
+            implementation_of(name).check_supported(geometry)
+        except NotImplementedError as refusal:
+            refusals.append(f"{name}: {refusal}")
+        else:
+            return name, refusals
+    raise NotImplementedError("; ".join(refusals))
