@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from jaxserve.cache.block_pool import IntegrityError
 from jaxserve.config import Config
+from jaxserve.engine.assembly import OnProgress
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
-from jaxserve.engine.startup import OnProgress, Started, start
+from jaxserve.engine.startup import Started, start
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import PendingStep, Runner

@@ -1,0 +1,133 @@
+"""`Assembly`: brings weights, KV pools and compiled programs together, side by side where it can; `Phases` times it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
+from jaxserve.config import Config
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.loading import ModelFiles, load_weights
+from jaxserve.runner.memory import (
+    DeviceMemory,
+    blocks_from_budget,
+    blocks_on_cpu,
+    blocks_on_device,
+    fit_context,
+    num_useful_blocks,
+)
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.scheduler.settings import SchedulerSettings
+from jaxserve.weights.progress import loading_progress
+
+OnProgress = Callable[[str], None]
+
+
+class Phases:
+    """Times the parts of the start, and tells the user."""
+
+    def __init__(self, on_progress: OnProgress) -> None:
+        self.seconds: dict[str, float] = {}
+        self.tell = on_progress
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - begin
+        self.tell(f"{name} {self.seconds[name]:.1f} s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """Brings weights, pools and programs together."""
+
+    config: Config
+    files: ModelFiles
+    graph: ModelGraph
+    settings: SchedulerSettings
+    spec: KVCacheSpec
+    buckets: Buckets
+    phases: Phases
+
+    def assemble(self) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+        """Side by side where the pool's size is known beforehand, else one after the other."""
+        useful = num_useful_blocks(
+            self.spec, max_num_seqs=self.settings.max_num_seqs, max_model_len=self.settings.max_model_len
+        )
+        num_blocks = blocks_from_budget(self.config.cache, self.spec, num_devices=self.graph.mesh.size)
+        if num_blocks is None and self.graph.mesh.devices.flat[0].platform == "cpu":
+            num_blocks = blocks_on_cpu(self.spec, num_useful=useful)
+        if num_blocks is None:
+            return self._one_after_the_other(useful)
+        shapes = self._fitting(num_blocks)
+        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
+            loading = pool.submit(lambda: (self._load(), self._allocate(num_blocks)))
+            programs = self._compile(shapes, loading)
+            return *loading.result(), programs, shapes
+
+    def _one_after_the_other(self, useful: int) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+        params = self._load()
+        with self.phases.phase("profile"):
+            trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
+            memory = _measure_largest_step(self.graph, params, self._shapes(trial, self.settings.max_model_len))
+        num_blocks = blocks_on_device(
+            self.spec,
+            memory,
+            utilization=self.config.cache.gpu_memory_utilization,
+            num_devices=self.graph.mesh.size,
+            num_useful=useful,
+        )
+        shapes = self._fitting(num_blocks)
+        return params, self._allocate(num_blocks), self._compile(shapes), shapes
+
+    def _fitting(self, num_blocks: int) -> ProgramShapes:
+        asked = self.config.model.max_model_len
+        return self._shapes(num_blocks, fit_context(self.settings.max_model_len, asked, self.spec, num_blocks))
+
+    def _shapes(self, num_blocks: int, max_model_len: int) -> ProgramShapes:
+        return ProgramShapes(
+            buckets=self.buckets,
+            kv_spec=self.spec,
+            num_blocks=num_blocks,
+            max_num_seqs=self.settings.max_num_seqs,
+            max_model_len=max_model_len,
+        )
+
+    def _load(self) -> Params:
+        with self.phases.phase("load"), loading_progress() as on_loaded:
+            return load_weights(self.files, self.graph, on_loaded)
+
+    def _allocate(self, num_blocks: int) -> list[LayerCache]:
+        with self.phases.phase("allocate"):
+            return jax.block_until_ready(self.spec.allocate(num_blocks, self.graph.mesh))
+
+    def _compile(self, shapes: ProgramShapes, loading: Future[Any] | None = None) -> Programs:
+        def on_compiled(done: int, total: int) -> None:
+            self.phases.tell(f"compile {done} of {total}")
+            if loading is not None and loading.done():
+                loading.result()  # raises what the load raised: there is no use in compiling on
+
+        programs = Programs(self.graph, shapes)
+        num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
+        with self.phases.phase("compile"):
+            programs.compile(num_threads=num_threads, on_compiled=on_compiled)
+        return programs
+
+
+def _measure_largest_step(graph: ModelGraph, params: Params, shapes: ProgramShapes) -> DeviceMemory:
+    """Run the largest step on padding, with a small trial pool, and read what the device had in use at its peak."""
+    caches = shapes.kv_spec.allocate(shapes.num_blocks, graph.mesh)
+    programs = Programs(graph, shapes)
+    programs.run_largest(params, caches)
+    pool_bytes = shapes.kv_spec.block_bytes * shapes.num_blocks // graph.mesh.size
+    return DeviceMemory.read(graph.mesh.devices.flat[0], pool_bytes=pool_bytes)
