@@ -57,6 +57,7 @@ class Assembly:
     settings: SchedulerSettings
     spec: KVCacheSpec
     buckets: Buckets
+    memory_share: float  # the part of a device's own limit that the engine may take
     phases: Phases
 
     def assemble(self) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
@@ -79,16 +80,14 @@ class Assembly:
         params = self._load()
         with self.phases.phase("profile"):
             trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
-            memory = _measure_largest_step(self.graph, params, self._shapes(trial, self.settings.max_model_len))
-        num_blocks = blocks_on_device(
-            self.spec,
-            memory,
-            utilization=self.config.cache.gpu_memory_utilization,
-            num_devices=self.graph.mesh.size,
-            num_useful=useful,
-        )
+            step_bytes = Programs(self.graph, self._shapes(trial, self.settings.max_model_len)).step_bytes()
+            jax.block_until_ready(params)
+            device = self.graph.mesh.devices.flat[0]
+            memory = DeviceMemory.read(device, share=self.memory_share, step_bytes=step_bytes)
+        num_blocks = blocks_on_device(self.spec, memory, num_devices=self.graph.mesh.size, num_useful=useful)
         shapes = self._fitting(num_blocks)
-        return params, self._allocate(num_blocks), self._compile(shapes), shapes
+        programs = self._compile(shapes)  # before the pool is there: kernels are tried out on memory that is still free
+        return params, self._allocate(num_blocks), programs, shapes
 
     def _fitting(self, num_blocks: int) -> ProgramShapes:
         asked = self.config.model.max_model_len
@@ -122,12 +121,3 @@ class Assembly:
         with self.phases.phase("compile"):
             programs.compile(num_threads=num_threads, on_compiled=on_compiled)
         return programs
-
-
-def _measure_largest_step(graph: ModelGraph, params: Params, shapes: ProgramShapes) -> DeviceMemory:
-    """Run the largest step on padding, with a small trial pool, and read what the device had in use at its peak."""
-    caches = shapes.kv_spec.allocate(shapes.num_blocks, graph.mesh)
-    programs = Programs(graph, shapes)
-    programs.run_largest(params, caches)
-    pool_bytes = shapes.kv_spec.block_bytes * shapes.num_blocks // graph.mesh.size
-    return DeviceMemory.read(graph.mesh.devices.flat[0], pool_bytes=pool_bytes)

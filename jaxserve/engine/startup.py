@@ -42,7 +42,7 @@ class Started:
 def start(config: Config, on_progress: OnProgress) -> Started:
     """Bring up everything that `config` describes; raises `ConfigError` or `CheckpointError`."""
     phases = Phases(on_progress)
-    choose_device(config)
+    memory_share = choose_device(config)
     enable_persistent_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
     guard = CompileGuard()
     with phases.phase("device"):
@@ -60,7 +60,14 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     buckets = _buckets(config, settings, mesh, files)
     assembly = Assembly(
-        config=config, files=files, graph=graph, settings=settings, spec=spec, buckets=buckets, phases=phases
+        config=config,
+        files=files,
+        graph=graph,
+        settings=settings,
+        spec=spec,
+        buckets=buckets,
+        memory_share=memory_share,
+        phases=phases,
     )
     params, caches, programs, shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)

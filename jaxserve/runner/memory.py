@@ -1,4 +1,4 @@
-"""How many KV blocks the pool gets: from a byte budget, or from what a device has left beside the largest step."""
+"""How many KV blocks the pool gets: from a byte budget, or from what a device has left beside weights and steps."""
 
 from __future__ import annotations
 
@@ -16,24 +16,37 @@ logger = logging.getLogger(__name__)
 
 _CPU_BUDGET_BYTES = 2 * 1024**3  # a pool is touched once at start: 4 GiB more would cost a second
 _CPU_SHARE = 0.5  # of the memory that is available when the server starts
+_SPARE_SHARE = 0.02  # of a device's limit: pieces that freed arrays leave and that no array fits, compiled code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceMemory:
-    """A device's memory at the peak of the largest step, the trial pool not counted; bytes."""
+    """A device's memory once the weights are loaded and before the pool is made; bytes."""
 
-    limit_bytes: int
-    peak_bytes: int
+    limit_bytes: int  # what this engine may take
+    in_use_bytes: int  # what it has taken: the weights
+    step_bytes: int  # what steps will take beside weights and pool
 
     @classmethod
-    def read(cls, device: Any, *, pool_bytes: int) -> DeviceMemory:
-        """After the largest step ran with a trial pool of `pool_bytes` on this device."""
+    def read(cls, device: Any, *, share: float, step_bytes: int) -> DeviceMemory:
+        """`share` is the part of the device's own limit that the engine may take.
+
+        What steps take is the compiler's count. The device's peak would tell too much: while XLA tries kernels out, it
+        holds copies of their operands, and it does not where a program comes from the compile cache, so that the pool
+        would have another size at the second start.
+        """
         stats = device.memory_stats()
         if not stats or "bytes_limit" not in stats:
             raise ConfigError(
                 f"device {device} does not tell how much memory it has; set kv_cache_memory_bytes to size the KV pool"
             )
-        return cls(limit_bytes=stats["bytes_limit"], peak_bytes=stats["peak_bytes_in_use"] - pool_bytes)
+        limit_bytes = int(stats["bytes_limit"] * share)
+        sizes = (limit_bytes, stats["bytes_in_use"], step_bytes, stats["peak_bytes_in_use"])
+        logger.info(
+            "%s: %.2f GiB for this engine, %.2f GiB taken by weights, %.2f GiB wanted by steps; peak so far %.2f GiB",
+            *(device, *(size / 2**30 for size in sizes)),
+        )
+        return cls(limit_bytes=limit_bytes, in_use_bytes=stats["bytes_in_use"], step_bytes=step_bytes)
 
 
 def num_useful_blocks(spec: KVCacheSpec, *, max_num_seqs: int, max_model_len: int) -> int:
@@ -56,16 +69,15 @@ def blocks_on_cpu(spec: KVCacheSpec, *, num_useful: int) -> int:
     return min(num_useful, _rounded(spec.num_blocks_in(budget)))
 
 
-def blocks_on_device(
-    spec: KVCacheSpec, memory: DeviceMemory, *, utilization: float, num_devices: int, num_useful: int
-) -> int:
-    """Blocks that fit beside weights and the largest step's temporaries, within `utilization` of each device."""
-    free = int(memory.limit_bytes * utilization) - memory.peak_bytes
+def blocks_on_device(spec: KVCacheSpec, memory: DeviceMemory, *, num_devices: int, num_useful: int) -> int:
+    """Blocks that fit beside weights and steps, and leave a little, on each of `num_devices` like this one."""
+    taken = memory.in_use_bytes + memory.step_bytes
+    free = memory.limit_bytes - taken - int(memory.limit_bytes * _SPARE_SHARE)
     if free <= 0:
         raise ConfigError(
-            f"the model and its largest step take {memory.peak_bytes / 2**30:.1f} GiB of the "
-            f"{memory.limit_bytes * utilization / 2**30:.1f} GiB that gpu_memory_utilization={utilization} allows; "
-            "raise it, lower max_num_batched_tokens, or raise tensor_parallel_size"
+            f"the weights and the largest step take {taken / 2**30:.1f} GiB of the {memory.limit_bytes / 2**30:.1f} "
+            "GiB that gpu_memory_utilization allows; raise it, lower max_num_batched_tokens, or raise "
+            "tensor_parallel_size"
         )
     num_blocks = spec.num_blocks_in(free * num_devices)
     return min(num_useful, _rounded(num_blocks))

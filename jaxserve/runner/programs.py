@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,7 @@ import numpy as np
 from jax.stages import Compiled, Lowered
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
+from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import replicated
 from jaxserve.runner.batch import HostBatch, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
@@ -116,22 +118,28 @@ class Programs:
         jobs[("write_slot",)] = self._lower_write_slot
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
-    def run_largest(self, params: Params, caches: list[LayerCache]) -> None:
-        """Compile the largest forward and sample programs and run them on padding, to see their peak of memory."""
+    def step_bytes(self) -> int:
+        """Bytes that steps take on each device beside weights and pools, as the compiler counts them.
+
+        The largest temporaries count once: a device runs one program at a time. All else that a step holds (its inputs
+        and outputs, the token table among them) counts twice: a step is dispatched while another one runs. Compiles
+        the largest programs; `ConfigError` where the compiler tells no sizes.
+        """
         bucket = self._shapes.buckets.all()[0]
-        self._compiled["forward", bucket] = self.lower_forward(bucket).compile()
-        self._compiled["sample", bucket.num_rows, "full"] = self._lower_sample(bucket.num_rows, "full").compile()
-        batch = self._padding(bucket)
-        tokens = jax.device_put(np.zeros(self._shapes.tokens_shape, np.int32), replicated(self._graph.mesh))
-        _, rows, caches = self.forward(params, caches, tokens, bucket, ForwardBatch.from_host(batch))
-        padding = np.zeros(bucket.num_rows, np.int32)
-        head = {name: params[name] for name in self._graph.head_names()}
-        inputs = jax.tree.map(
-            lambda leaf: np.zeros(leaf.shape, leaf.dtype),
-            abstract_inputs(bucket.num_rows, "full", vocab_size=self._graph.config.vocab_size),
+        compiled = compile_all(
+            {
+                "forward": partial(self.lower_forward, bucket),
+                "sample": partial(self._lower_sample, bucket.num_rows, "full"),
+                "score": partial(self._lower_score, bucket.num_tokens),
+            }
         )
-        sampled = self.sample(head, rows, tokens, SampleBatch(padding, padding, padding), inputs, "full")
-        jax.block_until_ready((caches, sampled))
+        sizes = {name: _sizes_of(program) for name, program in compiled.items()}
+        head_bytes = sum(
+            math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize for value in self._head().values()
+        )
+        held = sizes["sample"].argument_size_in_bytes - head_bytes
+        held += sum(size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes.values())
+        return max(size.temp_size_in_bytes for size in sizes.values()) + 2 * held
 
     def lower_forward(self, bucket: Bucket) -> Lowered:
         """Trace and lower the model for one bucket."""
@@ -192,3 +200,12 @@ class Programs:
     def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
         params = self._graph.abstract_params()
         return {name: params[name] for name in self._graph.head_names()}
+
+
+def _sizes_of(compiled: Compiled) -> Any:
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise ConfigError(
+            "the compiler does not tell how much memory a step takes; set kv_cache_memory_bytes to size the KV pool"
+        )
+    return sizes

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ModelSettings
+from jaxserve.engine import assembly
 from jaxserve.engine.core import EngineCore
 from jaxserve.errors import CheckpointError, ConfigError, PromptTooLongError, QueueFullError
 from jaxserve.outputs import FinishReason
 from jaxserve.request import EngineRequest
 from jaxserve.runner.loading import open_model
+from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
 from tests.checkpoints import save_random_llama, transformers_logits
 from tests.harness import greedy, run, tiny_config, tokens
@@ -159,6 +161,7 @@ def test_a_row_that_is_not_finite_ends_alone(checkpoint: Path, tmp_path: Path) -
         ({"max_model_len": 100000}, ConfigError, "max_position_embeddings is 256"),
         ({"hf_overrides": {"architectures": ["LamaForCausalLM"]}}, CheckpointError, "did you mean 'LlamaForCausalLM'"),
         ({"hf_overrides": {"hidden_size": 32, "head_dim": 8}}, CheckpointError, "the model wants"),
+        ({"attention_backend": "mosaic_gpu", "device": "auto"}, ConfigError, "attention_backend 'mosaic_gpu'"),
         ({"hf_overrides": {"num_hidden_layers": 4}}, CheckpointError, "lacks"),
         ({"hf_overrides": {"num_hidden_layers": 2}}, CheckpointError, "has no place for"),
     ],
@@ -181,6 +184,25 @@ def test_a_mesh_of_two_devices_gives_the_same_tokens(checkpoint: Path, core: Eng
     wanted = run(core, prompts, greedy(12), cache_salt="mesh")
     assert [tokens(a) for a in given] == [tokens(b) for b in wanted]
     sharded.shutdown()
+
+
+def test_a_device_with_memory_of_its_own_gets_a_pool_of_what_is_left(
+    checkpoint: Path, core: EngineCore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
+        assert share == 0.5
+        assert step_bytes > 0
+        return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
+
+    monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, num_useful: None)
+    monkeypatch.setattr(DeviceMemory, "read", read)
+    config = tiny_config(str(checkpoint), num_gpu_blocks_override=None, max_num_seqs=64, gpu_memory_utilization=0.5)
+    sized = EngineCore(config)
+    assert "profile" in sized.info.startup_s
+    assert 2 < sized.info.num_blocks <= 9 * 2**20 // (3 * 16 * 2 * 2 * 8 * 4)
+    given, wanted = (run(c, [PROMPT[:30]], greedy(5), cache_salt="sized")[0] for c in (sized, core))
+    assert tokens(given) == tokens(wanted)
+    sized.shutdown()
 
 
 def test_end_of_sequence_ids_stay_when_sampling_defaults_are_ignored(checkpoint: Path) -> None:

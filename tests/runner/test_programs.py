@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -52,6 +53,17 @@ def test_the_step_copies_no_pool(tmp_path: Path, dtype: str, num_tokens: int) ->
     pool_bytes = shapes.kv_spec.block_bytes * NUM_BLOCKS
     assert compiled.memory_analysis().temp_size_in_bytes < pool_bytes / 4
     assert compiled.memory_analysis().alias_size_in_bytes >= pool_bytes
+
+
+def test_steps_take_their_temporaries_once_and_their_arrays_twice(tmp_path: Path) -> None:
+    programs, shapes = programs_of(save_random_llama(tmp_path), "float32")
+    logits_bytes = 16 * 320 * 4  # the sampler's temporaries hold them at least once
+    table_bytes = math.prod(shapes.tokens_shape) * 4
+    hidden_bytes = 128 * 64 * 4
+    step_bytes = programs.step_bytes()
+    assert step_bytes > logits_bytes + 2 * (table_bytes + hidden_bytes)
+    pool_bytes = shapes.kv_spec.block_bytes * NUM_BLOCKS
+    assert step_bytes < pool_bytes / 4, "neither pools nor weights count"
 
 
 def test_the_guard_counts_compiles_only_while_armed() -> None:
