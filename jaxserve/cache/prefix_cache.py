@@ -63,17 +63,17 @@ class PrefixCache:
                 self._hashes[block_id] = block_hash
                 self._pool.keep(block_id)
 
-    def forget(self, block_ids: Iterable[int]) -> None:
-        """No longer find these blocks; their owners keep them."""
-        for block_id in block_ids:
-            block_hash = self._hashes.pop(block_id, None)
-            if block_hash is not None:
-                del self._block_ids[block_hash]
+    def forget(self, block_hashes: Iterable[bytes]) -> None:
+        """No longer find blocks by these hashes; their owners keep them."""
+        for block_hash in block_hashes:
+            block_id = self._block_ids.pop(block_hash, None)
+            if block_id is not None:
+                del self._hashes[block_id]
                 self._pool.discard(block_id)
 
     def reset(self) -> None:
         """Forget every block; requests that run keep theirs."""
-        self.forget(list(self._hashes))
+        self.forget(list(self._block_ids))
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless both maps say the same."""

@@ -18,9 +18,15 @@ from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
 from jaxserve.sampling.sampler import SampledTokens
-from jaxserve.scheduler.plan import NewSlot, StepPlan, StepResult
+from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
 
-NOT_FINITE = "the model's output for this sequence is not finite, so no token could be chosen"
+NOT_FINITE = RowError(
+    "the model's output for this sequence is not finite, so no token could be chosen", taints_blocks=True
+)
+RULED_OUT = RowError(
+    "no token could be chosen: this request's penalties, logit_bias or forbidden tokens leave no finite logit",
+    taints_blocks=False,
+)
 
 
 class PendingStep(Protocol):
@@ -168,7 +174,7 @@ class _DeviceStep:
     asked_logprobs: dict[int, int]
 
     def __post_init__(self) -> None:
-        for array in (self.sampled.token_ids, self.sampled.ok):
+        for array in (self.sampled.token_ids, self.sampled.ok, self.sampled.model_ok):
             array.copy_to_host_async()
 
     def is_ready(self) -> bool:
@@ -188,8 +194,9 @@ class _DeviceStep:
         for scores in self.prompt_scores:
             result.prompt_logprobs[scores.plan_row] = scores.fetch()
         if not ok.all():
-            failed = order[~ok & (self.batch.sample_slots[:num_rows] > 0)]
-            result.errors = dict.fromkeys(failed.tolist(), NOT_FINITE)
+            model_ok = np.asarray(self.sampled.model_ok)
+            for row in np.flatnonzero(~ok & (self.batch.sample_slots[:num_rows] > 0)):
+                result.errors[int(order[row])] = RULED_OUT if model_ok[row] else NOT_FINITE
         return result
 
 

@@ -18,15 +18,16 @@ from jaxserve.sampling.vocabulary import Vocabulary
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_ids", "ok", "logprobs", "ranks", "top_token_ids", "top_logprobs"],
+    data_fields=["token_ids", "ok", "model_ok", "logprobs", "ranks", "top_token_ids", "top_logprobs"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class SampledTokens:
-    """A step's tokens. All but the first two are None unless the variant is "full"."""
+    """A step's tokens. All but the first three are None unless the variant is "full"."""
 
     token_ids: Leaf  # i32[rows], 0 where not ok
     ok: Leaf  # bool[rows], False where the logits are not finite or no token is left to choose
+    model_ok: Leaf  # bool[rows], False where it is the model's own logits that are not finite
     logprobs: Leaf | None = None  # f32[rows], of the token, from the raw logits
     ranks: Leaf | None = None  # i32[rows], 1 is the most likely token
     top_token_ids: Leaf | None = None  # i32[rows, MAX_LOGPROBS], most likely first
@@ -49,7 +50,7 @@ def sample(
     raw = Vocabulary.of(logits)
     if variant != "full":
         token_ids = raw.argmax() if variant == "greedy" else draw(raw, inputs)
-        return SampledTokens(jnp.where(raw.is_finite, token_ids, 0), raw.is_finite)
+        return SampledTokens(jnp.where(raw.is_finite, token_ids, 0), raw.is_finite, raw.is_finite)
     if inputs.rules is None or history is None:
         raise ValueError('the variant "full" needs inputs.rules and history')
     ruled = Vocabulary.of(apply_rules(logits, inputs, inputs.rules, history))
@@ -65,4 +66,5 @@ def prompt_logprobs(logits: Float[Array, "rows vocab"], target_ids: Int[Array, "
 
 def _scored(vocabulary: Vocabulary, token_ids: Int[Array, " rows"], ok: Array) -> SampledTokens:
     scores = score(vocabulary, token_ids)
-    return SampledTokens(token_ids, ok, scores.logprobs, scores.ranks, scores.top_token_ids, scores.top_logprobs)
+    alternatives = scores.top_token_ids, scores.top_logprobs
+    return SampledTokens(token_ids, ok, vocabulary.is_finite, scores.logprobs, scores.ranks, *alternatives)

@@ -64,10 +64,10 @@ class BlockTables:
         request.num_cacheable_tokens = NEVER
 
     def forget(self, request: ScheduledRequest) -> None:
-        """Its step failed: what its blocks hold is not to be trusted."""
+        """Its step failed: what its blocks hold, or held before it lost them, is not to be trusted."""
         request.num_cacheable_tokens = NEVER
         if self._cache is not None:
-            self._cache.forget(request.block_ids)
+            self._cache.forget(request.block_hashes)
 
     def _count_lookup(self, request: ScheduledRequest) -> None:
         """Of the first admission only: what a preempted request finds again is its own."""

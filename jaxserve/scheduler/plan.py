@@ -47,6 +47,14 @@ class StepPlan:
         return sum(self.num_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class RowError:
+    """Why a row's sequence must end."""
+
+    message: str
+    taints_blocks: bool  # whether what it wrote into its KV blocks is not to be trusted
+
+
 @dataclass(slots=True, kw_only=True)
 class StepResult:
     """What a step produced, row for row of its plan."""
@@ -57,4 +65,4 @@ class StepResult:
     # row -> one entry a prompt token whose *successor* is known in this chunk: entry j is about the token at
     # position starts[row] + j + 1, as far as that is still a prompt token.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    errors: dict[int, str] = field(default_factory=dict)  # row -> why its sequence must end
+    errors: dict[int, RowError] = field(default_factory=dict)  # row -> why its sequence must end

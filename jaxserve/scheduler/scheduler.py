@@ -14,7 +14,7 @@ from jaxserve.errors import InvalidRequestError, PromptTooLongError, QueueFullEr
 from jaxserve.outputs import FinishReason, TokenDelta
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler.block_tables import BlockTables
-from jaxserve.scheduler.plan import NewSlot, StepPlan, StepResult
+from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
 from jaxserve.scheduler.scheduled_request import ScheduledRequest
 from jaxserve.scheduler.settings import SchedulerSettings, SchedulerStats
 from jaxserve.scheduler.waiting_queue import RANKS, WaitingQueue
@@ -103,8 +103,8 @@ class Scheduler:
         rows = self._rows.pop(plan.step_id)
         deltas: list[TokenDelta] = []
         logprobs, num_unfinished = result.logprobs, len(self._requests)
-        for row, message in result.errors.items():
-            self._fail(rows[row], message, deltas)
+        for row, error in result.errors.items():
+            self._fail(rows[row], error, deltas)
         for row, entries in result.prompt_logprobs.items():
             rows[row].collect_prompt_logprobs(plan.starts[row], entries)
         for row, request in enumerate(rows):
@@ -252,11 +252,12 @@ class Scheduler:
 
     # Results
 
-    def _fail(self, request: ScheduledRequest, message: str, deltas: list[TokenDelta]) -> None:
+    def _fail(self, request: ScheduledRequest, error: RowError, deltas: list[TokenDelta]) -> None:
         """End a request whose row went wrong, unless it has ended meanwhile."""
-        if request.finish_reason is None:
-            deltas.append(request.final_delta(FinishReason.ERROR, message))
+        if error.taints_blocks:
             self._tables.forget(request)
+        if request.finish_reason is None:
+            deltas.append(request.final_delta(FinishReason.ERROR, error.message))
             self._finish(request, FinishReason.ERROR)
 
     def _finish(self, request: ScheduledRequest, reason: FinishReason) -> None:

@@ -91,7 +91,7 @@ def test_a_freed_block_is_found_until_it_is_given_away():
 def test_forgotten_blocks_are_not_found_and_stay_with_their_owner():
     cache, pool = fresh()
     first = computed(cache, pool, make([1] * 8))
-    cache.forget(first.block_ids[1:])
+    cache.forget(first.block_hashes[1:])
     assert cache.match(make([1] * 9)) == first.block_ids[:1]
     cache.reset()
     assert cache.match(make([1] * 9)) == []

@@ -125,6 +125,15 @@ def test_a_prompt_beyond_the_context_and_a_full_queue_are_refused(core: EngineCo
         core.step()
 
 
+def test_a_request_whose_rules_leave_no_token_ends_alone_and_its_prefix_stays_cached(core: EngineCore) -> None:
+    params = greedy(5, allowed_token_ids=[2], min_tokens=3, ignore_eos=False)
+    (failed,) = run(core, [PROMPT[:40]], params, cache_salt="ruled out")
+    assert failed[-1].finish_reason is FinishReason.ERROR
+    assert "this request's penalties, logit_bias or forbidden tokens" in failed[-1].error
+    (after,) = run(core, [PROMPT[:40]], greedy(2), cache_salt="ruled out")
+    assert after[0].num_cached_tokens == 32
+
+
 def test_nothing_so_far_was_compiled_after_ready(core: EngineCore) -> None:
     assert core.stats().num_compiles_after_ready == 0
 

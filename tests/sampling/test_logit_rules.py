@@ -167,3 +167,14 @@ def test_a_row_with_no_token_left_is_flagged_alone():
     result = run(logits, params)
     np.testing.assert_array_equal(result.ok, [False, False, True])
     np.testing.assert_array_equal(result.token_ids[:2], 0)
+    assert result.model_ok.all()
+
+
+def test_a_penalty_that_overflows_is_told_from_a_model_that_does():
+    logits = random_logits(3, VOCAB_SIZE)
+    logits[0, 1] = 1e38
+    logits[1, 4] = np.nan
+    params = [SamplingParams(repetition_penalty=0.01, **GREEDY)] * 3
+    result = run(logits, params)
+    np.testing.assert_array_equal(result.ok, [False, False, True])
+    np.testing.assert_array_equal(result.model_ok, [True, False, True])

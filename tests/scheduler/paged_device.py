@@ -8,7 +8,7 @@ from zlib import crc32
 from jaxserve.outputs import FinishReason, TokenLogprobs
 from jaxserve.request import EngineRequest
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.scheduler.plan import NewSlot, StepPlan, StepResult
+from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
 
 VOCAB_SIZE = 100
 EOS = 0  # rare enough in what `sampled` gives that most sequences reach their length
@@ -74,6 +74,7 @@ class PagedDevice:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.requests: dict[str, EngineRequest] = {}  # what was added, for adapter and salt
         self.failing: set[str] = set()  # requests whose next row ends in an error
+        self.ruled_out: set[str] = set()  # requests whose next row finds no token that their rules leave
         self.num_tokens_run = 0
         self._block_size = block_size
         self._num_blocks = num_blocks
@@ -125,7 +126,10 @@ class PagedDevice:
         assert plan.samples[row] == (end == len(state.token_ids))
         if request_id in self.failing:
             self.failing.discard(request_id)
-            result.errors[row] = "non-finite logits"
+            result.errors[row] = RowError("non-finite logits", taints_blocks=True)
+        if request_id in self.ruled_out:
+            self.ruled_out.discard(request_id)
+            result.errors[row] = RowError("no token left", taints_blocks=False)
         if params.prompt_logprobs is not None and start + 1 < state.new.num_prompt_tokens:
             last = min(end, state.new.num_prompt_tokens - 1)
             entries = [_logprobs(state.token_ids[p], position=p) for p in range(start + 1, last + 1)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from jaxserve.outputs import FinishReason
-from jaxserve.scheduler.plan import StepResult
+from jaxserve.scheduler.plan import RowError, StepResult
 from tests.scheduler.harness import Harness
 from tests.scheduler.paged_device import expected_output
 
@@ -146,6 +146,41 @@ def test_what_a_failed_request_computed_is_not_shared():
     assert harness.step().starts == [0]
 
 
+def test_a_request_that_failed_by_its_own_rules_leaves_its_prefix_to_others():
+    harness = Harness(block_size=4)
+    harness.device.ruled_out.add("a")
+    harness.add("a", [1] * 12, max_tokens=4)
+    harness.run()
+    assert harness.finish_reason("a") is FinishReason.ERROR
+    harness.add("b", [1] * 12, max_tokens=1)
+    assert harness.step().starts == [8]
+
+
+def test_what_a_request_computed_before_it_was_preempted_and_failed_is_not_shared():
+    harness = Harness(num_blocks=6, block_size=2)
+    harness.add("a", [1, 2, 3, 4], max_tokens=4, ignore_eos=True)
+    harness.add("b", [5, 6, 7, 8], max_tokens=4, ignore_eos=True)
+    harness.device.failing.add("b")
+    harness.step()
+    harness.step()  # "b" gives up its blocks here, and is found to have failed
+    assert harness.scheduler.stats().num_preemptions == 1
+    assert harness.finish_reason("b") is FinishReason.ERROR
+    harness.run()
+    harness.add("c", [5, 6, 7, 8, 9], max_tokens=1)
+    assert harness.step().starts == [0]
+
+
+def test_what_a_request_computed_before_it_was_aborted_and_failed_is_not_shared():
+    harness = Harness(block_size=4)
+    harness.device.failing.add("a")
+    harness.add("a", [1] * 12, max_tokens=4)
+    harness.step()
+    harness.abort("a")
+    harness.run()
+    harness.add("b", [1] * 12, max_tokens=1)
+    assert harness.step().starts == [0]
+
+
 def test_an_abort_frees_at_once_and_ends_the_sequence():
     harness = Harness()
     harness.add("running", [1, 2, 3], ignore_eos=True)
@@ -177,7 +212,7 @@ def test_a_step_that_failed_as_a_whole_can_be_reported_row_by_row():
     for request_id in "ab":
         harness.add(request_id, [1, 2, 3])
     plan = harness.scheduler.schedule()
-    errors = dict.fromkeys(range(plan.num_rows), "the device is gone")
+    errors = dict.fromkeys(range(plan.num_rows), RowError("the device is gone", taints_blocks=True))
     deltas = harness.scheduler.update(plan, StepResult(step_id=plan.step_id, token_ids=[0, 0], errors=errors))
     assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR] * 2
     harness.scheduler.check_integrity()
