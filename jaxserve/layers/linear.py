@@ -18,20 +18,27 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DType
 
 
 def product(
-    x: Float[Array, "tokens in_features"], weight: Float[Array, "... in_features"], out_dtype: DTypeLike
+    x: Float[Array, "tokens in_features"],
+    weight: Float[Array, "... in_features"],
+    out_dtype: DTypeLike,
+    *,
+    max_weight_first: int = 0,
 ) -> Float[Array, "tokens ..."]:
-    """`x @ weight.T` over the last axis of both, accumulated in float32.
+    """`x @ weight.T` over the last axis of both, accumulated in float32; for `max_weight_first` see `Numerics`.
 
     The weight is flattened to two axes first: of a product with more, XLA:CPU makes a transposed copy at every step.
     """
     flat = weight.reshape(-1, weight.shape[-1])
+    x = x.astype(weight.dtype)
+    weight_first = 2 <= x.shape[0] <= max_weight_first
     y = lax.dot_general(
-        x.astype(weight.dtype),
-        flat,
+        *((flat, x) if weight_first else (x, flat)),
         (((1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32 if out_dtype == jnp.float32 else None,
         precision=lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
     )
+    if weight_first:
+        y = lax.optimization_barrier(y).T  # or XLA turns the product around again
     return y.astype(out_dtype).reshape(x.shape[0], *weight.shape[:-1])
 
 
@@ -53,7 +60,7 @@ class Linear(nnx.Module):
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "tokens in_features"]) -> Float[Array, "tokens ..."]:
-        y = product(x, self.weight[...], self.numerics.activations)
+        y = product(x, self.weight[...], self.numerics.activations, max_weight_first=self.numerics.max_weight_first)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -69,4 +76,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         """Unnormalised scores over the vocabulary, float32."""
-        return product(hidden, self.weight[...], jnp.float32)
+        return product(hidden, self.weight[...], jnp.float32, max_weight_first=self.numerics.max_weight_first)
