@@ -9,7 +9,19 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CODE := jaxserve pallas_kernels api tests
 
-.PHONY: install serve test lint types check fix bench clean
+# Compile checks: one environment a JAX version, each with the compilers of NVIDIA GPUs and TPUs, for a machine with
+# neither. JAX from 0.11 on needs Python 3.12: where none is found, the newer versions are left out and named.
+PYTHON312 ?= $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12))
+COMPILE_JAX ?= 0.10.2 $(if $(PYTHON312),0.11.2 0.12.0.1)
+LIBTPU_0.10.2 := 0.0.42.1
+LIBTPU_0.11.2 := 0.0.48.1
+LIBTPU_0.12.0.1 := 0.0.50.1
+COMPILE_PYTHON_0.10.2 := $(PYTHON)
+COMPILE_PYTHON_0.11.2 = $(PYTHON312)
+COMPILE_PYTHON_0.12.0.1 = $(PYTHON312)
+
+.PHONY: install serve test lint types check fix bench clean compile-check
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -49,6 +61,23 @@ check: lint types test
 fix: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# No nvidia wheels and no driver: the plugin brings its own compiler, and nothing of libtpu but its compiler is used.
+.venv-compile-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(COMPILE_PYTHON_$*) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable . jax==$* jaxlib==$*
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		jax-cuda13-plugin==$* jax-cuda13-pjrt==$* libtpu==$(LIBTPU_$*)
+	@touch $@
+
+# Compiles every kernel and the sharded step for H100s and TPUs with their real compilers, and judges the result.
+# ARGS='--target h100 --only decode' for a part; see `python -m tests.compile_check --help`.
+compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
+	$(if $(PYTHON312),,@echo 'compile-check: no Python 3.12 found (PYTHON312=...), so JAX 0.11 and 0.12 are left out')
+	@failed=; for version in $(COMPILE_JAX); do \
+		.venv-compile-$$version/bin/python -m tests.compile_check --must-fail || failed="$$failed $$version"; \
+		.venv-compile-$$version/bin/python -m tests.compile_check $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "compile-check failed with JAX$$failed"; exit 1; }
 
 bench: install
 	$(BIN)/jaxserve bench serve $(CONFIG) $(ARGS)

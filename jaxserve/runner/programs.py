@@ -112,7 +112,7 @@ class Programs:
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
-                jobs["sample", rows, variant] = partial(self._lower_sample, rows, variant)
+                jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
         for num_tokens in self._shapes.buckets.token_sizes:
             jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
         jobs[("write_slot",)] = self._lower_write_slot
@@ -129,7 +129,7 @@ class Programs:
         compiled = compile_all(
             {
                 "forward": partial(self.lower_forward, bucket),
-                "sample": partial(self._lower_sample, bucket.num_rows, "full"),
+                "sample": partial(self.lower_sample, bucket.num_rows, "full"),
                 "score": partial(self._lower_score, bucket.num_tokens),
             }
         )
@@ -156,7 +156,8 @@ class Programs:
         jitted = jax.jit(program, donate_argnames="caches", out_shardings=out)
         return jitted.lower(self._graph.abstract_params(), caches, self._tokens(), self._abstract(packing.size))
 
-    def _lower_sample(self, rows: int, variant: Variant) -> Lowered:
+    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
+        """Trace and lower the head and the sampler for one number of rows."""
         packing = self._sample_packings[rows]
 
         def program(

@@ -1,0 +1,119 @@
+"""Reads compiled programs: what XLA's text holds, and what ptxas said of the kernels inside."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>.+?) (?P<opcode>[a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+_COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
+_SORT_DIMENSION = re.compile(r"dimensions=\{(\d+)\}")
+
+# Opcodes that pass a buffer on, or hand it to a kernel that writes to it in place.
+_PASSES_ON = {
+    "parameter", "bitcast", "get-tuple-element", "tuple", "custom-call", "opt-barrier", "while", "conditional", "call",
+}  # fmt: skip
+
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)")
+_SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized[^\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One line of a compiled program: all arrays that it makes, and how."""
+
+    opcode: str
+    shapes: tuple[tuple[int, ...], ...]
+    line: str
+
+
+def instructions(hlo: str) -> Iterator[Instruction]:
+    """Every instruction of a program and of its fusions.
+
+    >>> line = "  %sort.1 = (f32[8,16]{1,0:T(8,128)}, s32[8,16]{1,0}) sort(%a, %b), dimensions={1}, to_apply=%less"
+    >>> [(found.opcode, found.shapes) for found in instructions(line)]
+    [('sort', ((8, 16), (8, 16)))]
+    """
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            arrays = _ARRAY.findall(match["shape"])
+            shapes = tuple(tuple(int(size) for size in array.split(",") if size) for array in arrays)
+            yield Instruction(match["opcode"], shapes, line.strip())
+
+
+def collectives(hlo: str) -> dict[str, int]:
+    """How often each kind of communication between devices is started.
+
+    >>> collectives("  %a = f32[8]{0} all-reduce-start(%x)\\n  %b = f32[8]{0} all-reduce-done(%a)")
+    {'all-reduce': 1}
+    """
+    found = Counter(
+        match[1]
+        for instruction in instructions(hlo)
+        if (match := _COLLECTIVE.match(instruction.opcode)) and not instruction.opcode.endswith("-done")
+    )
+    return dict(sorted(found.items()))
+
+
+def pool_makers(hlo: str, pool_elements: int) -> list[str]:
+    """Instructions that make an array as large as a pool, other than kernels that write to it in place.
+
+    >>> pool_makers("  %copy.3 = bf16[7,16,2,64]{3,2,1,0} copy(%pool)", 7 * 16 * 2 * 64)
+    ['copy']
+    """
+    return [
+        instruction.opcode
+        for instruction in instructions(hlo)
+        if instruction.opcode not in _PASSES_ON
+        and any(math.prod(shape) == pool_elements for shape in instruction.shapes)
+    ]
+
+
+def longest_sort(hlo: str) -> int:
+    """Elements along the axis of the longest sort; 0 without one.
+
+    >>> longest_sort("  %sort.1 = f32[8,1002]{1,0} sort(%a), dimensions={1}, to_apply=%less")
+    1002
+    """
+    lengths = [0]
+    for instruction in instructions(hlo):
+        if instruction.opcode == "sort" and (dimension := _SORT_DIMENSION.search(instruction.line)):
+            lengths.append(instruction.shapes[0][int(dimension[1])])
+    return max(lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelReport:
+    """What the compilers said of one Mosaic GPU kernel."""
+
+    name: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    warnings: tuple[str, ...]
+
+
+def kernel_reports(folder: Path) -> list[KernelReport]:
+    """Reads what MOSAIC_GPU_DUMP_PTXAS and MOSAIC_GPU_DUMP_MLIR_PASSES left in `folder`, a kernel a file."""
+    reports = []
+    for path in sorted(folder.glob("*.ptxas")):
+        text = path.read_text(errors="replace")
+        passes = path.with_suffix(".mlir-passes.log")
+        shared = _SHARED.findall(passes.read_text(errors="replace")) if passes.exists() else []
+        reports.append(
+            KernelReport(
+                name=path.stem,
+                registers=max(map(int, _REGISTERS.findall(text)), default=0),
+                spill_bytes=max((int(number) for pair in _SPILLS.findall(text) for number in pair), default=0),
+                shared_bytes=max(map(int, shared), default=0),
+                warnings=tuple(_SERIALIZED.findall(text)),
+            )
+        )
+    return reports

@@ -1,0 +1,182 @@
+"""Every kernel of the house, in the shapes that models and launch files ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.stages import Lowered
+
+from jaxserve.parallel.mesh import replicated
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.numerics import pool_shape
+from pallas_kernels.paged_attention import (
+    AttentionGeometry,
+    choose_implementation,
+    metadata_shapes,
+    paged_attention,
+)
+from tests.compile_check.jobs import Job, Limits
+from tests.compile_check.targets import Device, Target
+
+_NUM_BLOCKS = 1009  # a prime, so that no other array has the size of a pool
+_CONTEXT = 8192  # tokens a sequence may have
+
+_IMPLEMENTATION: dict[str, Implementation] = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
+
+LLAMA_8B = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a model may ask of its attention beside its sizes."""
+
+    soft_cap: float | None = None
+    has_sinks: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """A bucket of steps."""
+
+    name: str
+    num_tokens: int
+    num_rows: int
+    has_prefill: bool
+
+
+DECODE = Batch(name="decode of 256", num_tokens=256, num_rows=256, has_prefill=False)
+MIXED = Batch(name="mixed 2048", num_tokens=2048, num_rows=64, has_prefill=True)
+SMALL = Batch(name="mixed 4", num_tokens=4, num_rows=4, has_prefill=True)
+LARGE = Batch(name="mixed 8192", num_tokens=8192, num_rows=256, has_prefill=True)
+
+# What it is, the sizes of one device's share, what the model asks for, and the steps.
+_Table = tuple[tuple[str, AttentionGeometry, Options, tuple[Batch, ...]], ...]
+
+_GPU: _Table = (
+    ("llama 8B", LLAMA_8B, Options(), (DECODE, MIXED, SMALL, LARGE)),
+    ("llama 8B, blocks of 64", replace(LLAMA_8B, block_size=64), Options(), (DECODE, MIXED)),
+    ("llama 8B, float16", replace(LLAMA_8B, dtype="float16"), Options(), (DECODE, MIXED)),
+    ("llama 8B, window", replace(LLAMA_8B, sliding_windows=(4096,)), Options(), (DECODE, MIXED)),
+    ("llama 8B, cap and sinks", LLAMA_8B, Options(soft_cap=50.0, has_sinks=True), (DECODE, MIXED)),
+    ("llama 70B on 4", replace(LLAMA_8B, q_heads=16, kv_heads=2), Options(), (DECODE, MIXED)),
+    ("llama 70B on 8", replace(LLAMA_8B, q_heads=8, kv_heads=1), Options(), (DECODE, MIXED)),
+    ("llama 1B", replace(LLAMA_8B, head_dim=64), Options(), (DECODE, MIXED)),
+    ("SmolLM2 135M", replace(LLAMA_8B, q_heads=9, kv_heads=3, head_dim=64), Options(), (DECODE, MIXED)),
+    ("no groups", replace(LLAMA_8B, q_heads=32, kv_heads=32), Options(), (DECODE, MIXED)),
+)
+_LLAMA_TPU = replace(LLAMA_8B, block_size=128)
+_TPU: _Table = (
+    ("llama 8B", _LLAMA_TPU, Options(), (DECODE, MIXED, SMALL)),
+    ("llama 8B on 4", replace(_LLAMA_TPU, q_heads=8, kv_heads=2), Options(), (DECODE, MIXED)),
+    ("llama 8B on 4, cap and sinks", replace(_LLAMA_TPU, q_heads=8, kv_heads=2),
+     Options(soft_cap=50.0, has_sinks=True), (DECODE, MIXED)),
+    ("llama 8B on 4, window", replace(_LLAMA_TPU, q_heads=8, kv_heads=2, sliding_windows=(4096,)), Options(),
+     (DECODE, MIXED)),
+    ("llama 70B on 8", replace(_LLAMA_TPU, q_heads=8, kv_heads=1), Options(), (DECODE, MIXED)),
+    ("SmolLM2 135M", replace(_LLAMA_TPU, q_heads=9, kv_heads=3, head_dim=64), Options(), (DECODE, MIXED)),
+)  # fmt: skip
+
+
+def kernel_jobs() -> list[Job]:
+    """Attention with its KV write, then the write alone, on one device of each kind."""
+    jobs = []
+    tables: dict[Device, _Table] = {"h100": _GPU, "v5e": _TPU, "v6e": _TPU}
+    for device, table in tables.items():
+        target = Target(device=device, num_devices=1)
+        for name, geometry, options, batches in table:
+            for batch in batches:
+                jobs.append(_attention_job(target, f"attention, {name}, {batch.name}", geometry, options, batch))
+        jobs += [_kv_write_job(target, num_tokens) for num_tokens in (1, 256, 8192)]
+    return jobs
+
+
+def _attention_job(target: Target, name: str, geometry: AttentionGeometry, options: Options, batch: Batch) -> Job:
+    return Job(
+        name=name,
+        target=target,
+        lower=partial(_lower_attention, _IMPLEMENTATION[target.platform], geometry, options, batch),
+        limits=_pool_limits(geometry),
+    )
+
+
+def _kv_write_job(target: Target, num_tokens: int) -> Job:
+    block_size = 16 if target.platform == "cuda" else 128
+    geometry = replace(LLAMA_8B, block_size=block_size)
+    return Job(
+        name=f"kv_write, llama 8B, {num_tokens} tokens",
+        target=target,
+        lower=partial(_lower_kv_write, _IMPLEMENTATION[target.platform], geometry, num_tokens),
+        limits=_pool_limits(geometry),
+    )
+
+
+def _pool_limits(geometry: AttentionGeometry) -> Limits:
+    elements = _NUM_BLOCKS * geometry.block_size * geometry.kv_heads * geometry.head_dim
+    return Limits(pool_elements=elements, max_temp_bytes=elements * jnp.dtype(geometry.dtype).itemsize)
+
+
+def _pool(geometry: AttentionGeometry, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    shape = pool_shape(_NUM_BLOCKS, geometry.block_size, geometry.kv_heads, geometry.head_dim)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(geometry.dtype), sharding=replicated(mesh))
+
+
+def _placed(tree: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), tree)
+
+
+def _lower_attention(
+    implementation: Implementation, geometry: AttentionGeometry, options: Options, batch: Batch, mesh: Mesh
+) -> Lowered:
+    platform = mesh.devices.flat[0].platform
+    choose_implementation(implementation, geometry, platform=platform)  # NotImplementedError if it refuses
+    metadata = metadata_shapes(
+        geometry=geometry,
+        implementation=implementation,
+        num_tokens=batch.num_tokens,
+        num_rows=batch.num_rows,
+        blocks_per_seq=_CONTEXT // geometry.block_size,
+        has_prefill=batch.has_prefill,
+    )
+    q, kv, slots, sinks = (
+        jax.ShapeDtypeStruct((batch.num_tokens, geometry.q_heads, geometry.head_dim), jnp.dtype(geometry.dtype)),
+        jax.ShapeDtypeStruct((batch.num_tokens, geometry.kv_heads, geometry.head_dim), jnp.dtype(geometry.dtype)),
+        jax.ShapeDtypeStruct((batch.num_tokens,), jnp.int32),
+        jax.ShapeDtypeStruct((geometry.q_heads,), jnp.float32) if options.has_sinks else None,
+    )
+
+    def layer(q: Any, k: Any, v: Any, pools: Any, slots: Any, metadata: Any, sinks: Any) -> Any:
+        pools = kv_write(k, v, *pools, slots, implementation=implementation)
+        attended = paged_attention(
+            q,
+            *pools,
+            metadata,
+            scale=geometry.head_dim**-0.5,
+            sliding_window=geometry.sliding_windows[0],
+            soft_cap=options.soft_cap,
+            sinks=sinks,
+        )
+        return attended, pools
+
+    operands = _placed((q, kv, kv), mesh)
+    pools = (_pool(geometry, mesh),) * 2
+    rest = _placed((slots, metadata, sinks), mesh)
+    return jax.jit(layer, donate_argnames="pools").lower(*operands, pools, *rest)
+
+
+def _lower_kv_write(
+    implementation: Implementation, geometry: AttentionGeometry, num_tokens: int, mesh: Mesh
+) -> Lowered:
+    kv = jax.ShapeDtypeStruct((num_tokens, geometry.kv_heads, geometry.head_dim), jnp.dtype(geometry.dtype))
+    slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+
+    def write(k: Any, v: Any, pools: Any, slots: Any) -> Any:
+        return kv_write(k, v, *pools, slots, implementation=implementation)
+
+    k, v, slots = _placed((kv, kv, slots), mesh)
+    return jax.jit(write, donate_argnames="pools").lower(k, v, (_pool(geometry, mesh),) * 2, slots)

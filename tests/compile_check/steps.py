@@ -1,0 +1,224 @@
+"""The runner's own programs, sharded: Llama-3.1-8B and Llama-3.3-70B as the launch files run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.stages import Lowered
+
+from jaxserve.cache.kv_cache import KVCacheSpec
+from jaxserve.engine.device import DeviceDefaults
+from jaxserve.models.base import DecoderConfig
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.sampling.inputs import VARIANTS, Variant
+from tests.compile_check.jobs import Job, Limits
+from tests.compile_check.targets import Target
+
+REDUCED_LAYERS = 2  # all layers are alike: two show what a layer costs, and what lies between two
+
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+}
+_8B = _LLAMA | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+_70B = _LLAMA | {
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    """A model on some devices, with the sizes that the launch files in configs/ give it."""
+
+    name: str
+    hf_config: dict[str, Any]
+    target: Target
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The model's sizes."""
+        return DecoderConfig.from_hf(self.hf_config)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens a block, as the engine chooses them for the device."""
+        return DeviceDefaults.of({"cuda": "gpu"}.get(self.target.platform, self.target.platform)).block_size
+
+    @property
+    def buckets(self) -> Buckets:
+        """The step sizes that the engine would compile."""
+        return Buckets.plan(max_num_batched_tokens=self.max_num_batched_tokens, max_num_seqs=self.max_num_seqs)
+
+    def kv_spec(self, num_layers: int) -> KVCacheSpec:
+        """The cache of so many layers."""
+        decoder = self.decoder
+        return KVCacheSpec(
+            num_layers=num_layers,
+            num_kv_heads=decoder.num_kv_heads,
+            head_dim=decoder.head_dim,
+            block_size=self.block_size,
+            dtype=jnp.bfloat16,
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a full-sized model's pool: four fifths of what its weights leave of the devices.
+
+        Odd, and no multiple of anything else in the step, so that only pools have the size of a pool.
+        """
+        decoder = self.decoder
+        attention = 2 * decoder.hidden_size * (decoder.num_q_heads + decoder.num_kv_heads) * decoder.head_dim
+        layer = attention + 3 * decoder.hidden_size * decoder.ffn_size
+        weight_bytes = 2 * (decoder.num_layers * layer + 2 * decoder.vocab_size * decoder.hidden_size)
+        free = self.target.memory_bytes * self.target.num_devices - weight_bytes
+        return self.kv_spec(decoder.num_layers).num_blocks_in(int(free * 0.8)) // 2 * 2 - 1
+
+
+DEPLOYMENTS = (
+    Deployment(
+        name="Llama 3.1 8B",
+        hf_config=_8B,
+        target=Target(device="h100", num_devices=1),
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=32768,
+    ),
+    Deployment(
+        name="Llama 3.3 70B",
+        hf_config=_70B,
+        target=Target(device="h100", num_devices=4),
+        max_num_seqs=128,
+        max_num_batched_tokens=8192,
+        max_model_len=16384,
+    ),
+    Deployment(
+        name="Llama 3.1 8B",
+        hf_config=_8B,
+        target=Target(device="v5e", num_devices=4),
+        max_num_seqs=96,
+        max_num_batched_tokens=2048,
+        max_model_len=8192,
+    ),
+    Deployment(
+        name="Llama 3.1 8B",
+        hf_config=_8B,
+        target=Target(device="v6e", num_devices=4),
+        max_num_seqs=192,
+        max_num_batched_tokens=2048,
+        max_model_len=16384,
+    ),
+    Deployment(
+        name="Llama 3.3 70B",
+        hf_config=_70B,
+        target=Target(device="v6e", num_devices=8),
+        max_num_seqs=128,
+        max_num_batched_tokens=2048,
+        max_model_len=8192,
+    ),
+)
+
+# What the sampler's programs take to choose from a vocabulary that is split over devices, as counted; a number that
+# grows is a change somebody should see.
+_SAMPLE_COLLECTIVES = {"cuda": 8, "tpu": 60}
+
+
+def step_jobs(*, full: bool) -> list[Job]:
+    """Of each deployment: the forward programs of a decode step and of the largest step, and every sampler."""
+    jobs = []
+    for deployment in DEPLOYMENTS:
+        buckets = deployment.buckets
+        sizes = {"decode": buckets.pick(deployment.max_num_seqs).num_tokens, "largest": buckets.token_sizes[-1]}
+        for name, num_tokens in sizes.items():
+            jobs.append(_forward_job(deployment, f"{name} step of {num_tokens}", num_tokens, full=full))
+        jobs += [_sample_job(deployment, variant) for variant in VARIANTS]
+    return jobs
+
+
+def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bool) -> Job:
+    layers = deployment.decoder.num_layers if full else REDUCED_LAYERS
+    num_devices = deployment.target.num_devices
+    pool_bytes = deployment.kv_spec(1).block_bytes // 2 * deployment.num_blocks // num_devices  # K's, a device
+    return Job(
+        name=f"{deployment.name}, {name}",
+        target=deployment.target,
+        lower=partial(_lower_forward, deployment, layers, num_tokens),
+        limits=Limits(
+            pool_elements=pool_bytes // jnp.dtype(jnp.bfloat16).itemsize,
+            max_temp_bytes=pool_bytes,
+            vocab_size=deployment.decoder.vocab_size // num_devices,
+            # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
+            max_collectives=2 * layers + 1 if num_devices > 1 else 0,
+        ),
+        layers=layers,
+    )
+
+
+def _sample_job(deployment: Deployment, variant: Variant) -> Job:
+    num_devices = deployment.target.num_devices
+    return Job(
+        name=f"{deployment.name}, sampler {variant!r}",
+        target=deployment.target,
+        lower=partial(_lower_sample, deployment, variant),
+        limits=Limits(
+            vocab_size=deployment.decoder.vocab_size // num_devices,
+            max_collectives=_SAMPLE_COLLECTIVES[deployment.target.platform] if num_devices > 1 else 0,
+        ),
+        has_kernels=False,
+    )
+
+
+def _programs(deployment: Deployment, num_layers: int, mesh: Mesh) -> Programs:
+    decoder = replace(deployment.decoder, num_layers=num_layers)
+    backend = choose_backend(
+        decoder,
+        dtype=jnp.bfloat16,
+        block_size=deployment.block_size,
+        mesh=mesh,
+        asked="mosaic_gpu" if deployment.target.platform == "cuda" else "mosaic_tpu",
+    )
+    shapes = ProgramShapes(
+        buckets=deployment.buckets,
+        kv_spec=deployment.kv_spec(num_layers),
+        num_blocks=deployment.num_blocks,
+        max_num_seqs=deployment.max_num_seqs,
+        max_model_len=deployment.max_model_len,
+    )
+    return Programs(ModelGraph(decoder, dtype=jnp.bfloat16, backend=backend), shapes)
+
+
+def _lower_forward(deployment: Deployment, num_layers: int, num_tokens: int, mesh: Mesh) -> Lowered:
+    programs = _programs(deployment, num_layers, mesh)
+    return programs.lower_forward(deployment.buckets.pick(num_tokens))
+
+
+def _lower_sample(deployment: Deployment, variant: Variant, mesh: Mesh) -> Lowered:
+    programs = _programs(deployment, 1, mesh)
+    return programs.lower_sample(deployment.buckets.row_sizes[-1], variant)
