@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from jaxserve.cache.block_pool import IntegrityError
 from jaxserve.config import Config
 from jaxserve.engine.assembly import OnProgress
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
 from jaxserve.engine.startup import Started, start
+from jaxserve.errors import EngineDeadError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import PendingStep, Runner
@@ -32,34 +36,46 @@ class EngineCore:
         self._guard = started.guard
         self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight
         self._in_flight: list[tuple[StepPlan, PendingStep]] = []
+        self._fault: str | None = None  # what broke the core
 
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return bool(self._in_flight) or self._scheduler.has_unfinished
+        return self._fault is None and (bool(self._in_flight) or self._scheduler.has_unfinished)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Queue a request; raises `QueueFullError` or `PromptTooLongError`."""
+        """Queue a request; raises `QueueFullError`, `PromptTooLongError`, or `EngineDeadError` after a failed step."""
+        self._check_whole()
         self._scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> list[TokenDelta]:
-        """End requests now; their blocks are free for the next plan."""
-        return self._scheduler.abort(request_ids)
+        """End requests now; their blocks are free for the next plan. After a failed step there is nothing to end."""
+        return [] if self._fault is not None else self._scheduler.abort(request_ids)
 
     def step(self) -> list[TokenDelta]:
-        """Dispatch the next plan, then collect the step before it; empty while the pipeline fills."""
-        plan = self._scheduler.schedule()
-        if plan is not None:
-            self._in_flight.append((plan, self._runner.dispatch(plan)))
-        if self._in_flight and (plan is None or len(self._in_flight) > self._depth):
-            done, pending = self._in_flight.pop(0)
-            deltas = self._scheduler.update(done, pending.result())
-            if not self.has_unfinished:
-                self._scheduler.check_integrity()  # idle from here on: the check delays nobody
-            return deltas
-        if plan is None and self._scheduler.has_unfinished:
-            raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
-        return []
+        """Dispatch the next plan, then collect the step before it; empty while the pipeline fills.
+
+        An error on the way leaves blocks that were promised and not written, and buffers that are gone: it passes
+        through, and every later call raises `EngineDeadError`. Only Ctrl-C while it waits for the device does no harm.
+        """
+        self._check_whole()
+        with self._guard.watch():
+            with self._breaks_on(BaseException):
+                plan = self._scheduler.schedule()
+                if plan is not None:
+                    self._in_flight.append((plan, self._runner.dispatch(plan)))
+                elif not self._in_flight and self._scheduler.has_unfinished:
+                    raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
+            if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
+                return []
+            with self._breaks_on(Exception):
+                result = self._in_flight[0][1].result()
+            with self._breaks_on(BaseException):
+                done, _ = self._in_flight.pop(0)
+                deltas = self._scheduler.update(done, result)
+                if not self.has_unfinished:
+                    self._scheduler.check_integrity()  # idle from here on: the check delays nobody
+        return deltas
 
     def stats(self) -> EngineStats:
         """Gauges of this moment and counters since the start."""
@@ -78,11 +94,25 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         """Let no new request find the cached blocks; False without a prefix cache."""
+        self._check_whole()
         return self._scheduler.reset_prefix_cache()
 
     def shutdown(self) -> None:
         """Wait for what is in flight; no step may follow."""
-        for _, pending in self._in_flight:
-            pending.result()
-        self._in_flight.clear()
         self._guard.disarm()
+        in_flight, self._in_flight = self._in_flight, []
+        if self._fault is None:
+            for _, pending in in_flight:
+                pending.result()
+
+    def _check_whole(self) -> None:
+        if self._fault is not None:
+            raise EngineDeadError(f"the engine broke down in an earlier step ({self._fault}); start a new one")
+
+    @contextmanager
+    def _breaks_on(self, kind: type[BaseException]) -> Iterator[None]:
+        try:
+            yield
+        except kind as error:
+            self._fault = f"{type(error).__name__}: {error}"
+            raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -66,26 +67,41 @@ def _compile(lower: Callable[[], Lowered]) -> Compiled:
 
 
 class CompileGuard:
-    """Counts compiles after `arm()`: each is a shape that warm-up forgot, and stalls every request while it lasts."""
+    """Counts compiles in an engine's steps: each is a shape that warm-up forgot, and stalls every request meanwhile.
+
+    JAX tells of every compile in the process, in the thread that waits for it: those of another engine, or of the
+    user's own programs, do not count.
+    """
 
     def __init__(self) -> None:
         self.num_compiles = 0
-        self._armed = False
-        self._lock = threading.Lock()
-        monitoring.register_event_duration_secs_listener(self._on_event)
+        self._is_armed = False
+        self._watched_thread: int | None = None
 
     def arm(self) -> None:
-        """Start counting: the engine is ready."""
-        self._armed = True
+        """The engine is ready: count from now on."""
+        if not self._is_armed:
+            monitoring.register_event_duration_secs_listener(self._on_event)
+            self._is_armed = True
 
     def disarm(self) -> None:
-        """Stop counting: the engine shuts down, or a test compiles something of its own."""
-        self._armed = False
+        """The engine shuts down. May be called twice."""
+        if self._is_armed:
+            monitoring.unregister_event_duration_listener(self._on_event)
+            self._is_armed = False
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """What this thread compiles inside is a step's."""
+        self._watched_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._watched_thread = None
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILE_EVENT and self._armed:
-            with self._lock:
-                self.num_compiles += 1
+        if event == _COMPILE_EVENT and threading.get_ident() == self._watched_thread:
+            self.num_compiles += 1
             logger.error(
                 "compiled a program after ready (%.2f s, %s): a shape is missing in the warm-up", duration_secs, kwargs
             )

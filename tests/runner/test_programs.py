@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from pathlib import Path
 
 import jax
@@ -66,19 +67,30 @@ def test_steps_take_their_temporaries_once_and_their_arrays_twice(tmp_path: Path
     assert step_bytes < pool_bytes / 4, "neither pools nor weights count"
 
 
-def test_the_guard_counts_compiles_only_while_armed() -> None:
-    guard = CompileGuard()
+def test_the_guard_counts_compiles_only_in_steps_and_while_armed() -> None:
+    guard, other = CompileGuard(), CompileGuard()
     double = jax.jit(lambda x: x * 2 + 1)
-    double(jnp.ones(3))
+    with guard.watch():
+        double(jnp.ones(3))
     assert guard.num_compiles == 0
     guard.arm()
-    double(jnp.ones(3))
+    other.arm()
+    double(jnp.ones(4))  # of another engine, or of the user
+    with guard.watch():
+        double(jnp.ones(3))
+        thread = threading.Thread(target=lambda: double(jnp.ones(6)))
+        thread.start()
+        thread.join()
     assert guard.num_compiles == 0
-    double(jnp.ones(5))
+    with guard.watch():
+        double(jnp.ones(5))
     assert guard.num_compiles >= 1
+    assert other.num_compiles == 0
     guard.disarm()
+    other.disarm()
     counted = guard.num_compiles
-    double(jnp.ones(7))
+    with guard.watch():
+        double(jnp.ones(7))
     assert guard.num_compiles == counted
 
 
