@@ -1,0 +1,504 @@
+"""Prefill on Hopper GPUs: causal attention of rows of many query tokens over paged keys and values.
+
+The structure of FlashAttention-3 (Shah et al. 2024; `jax/experimental/pallas/ops/gpu/attention_mgpu.py` shows it in
+Pallas), over blocks. Grid (items of the plan, groups of query heads); a thread block is three warpgroups:
+
+    producer    block table -> TMA, one copy a block and head -> ring of K tiles, ring of V tiles
+    compute 0   64 rows: the item's first tokens  x folded heads    S = Q K^T, online softmax, O += P V
+    compute 1   64 rows: the item's other tokens  x folded heads    the same K and V tiles
+
+A tile of queries lies head by head (row = head * tokens + token), so that TMA takes it from q as it is, one box a head,
+and any number of query heads a KV head fits without padding (`folded_heads`). The two compute warpgroups take turns
+at the tensor cores: one multiplies while the other is at its softmax. Memory traffic: q and out once; the K and V of
+a KV head once for each item and group of heads, mostly out of the L2 cache.
+
+Never run on a device: compiled for H100 and run interpreted only (see `product.Warpgroup` for what that cannot
+show). Whoever runs it first: compare with the reference before timing anything; a wrong result at every head_dim
+points at `_zero_unread` or at the aliased memory of queries and results (`_scratch`), one at 80 or 96 alone at
+`_store_rows`. Then tune, in this order: `PrefillTiles` (stages 3 at head_dim 128 fits shared memory, block_kv 192 at
+64), the register split, the turns (`_Prefill.turns`), a store of partial tiles without bank conflicts.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.compat import gpu_operand
+from pallas_kernels.paged_attention.geometry import AttentionGeometry
+from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
+    COMPUTE_WARPGROUPS,
+    PrefillPlan,
+    folded_heads,
+    tokens_per_item,
+)
+from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+_LOG2E = math.log2(math.e)
+_MASKED = -1e30  # as a score: finite after any scaling, so that a row of masked scores only is no nan
+_COMPUTE_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # a thread; 128 * (2 * 232 + 40) of the SM's 65536
+_ALIGNED = 64  # elements of 16 bits: TMA wants 128-byte aligned rows in shared memory
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTiles:
+    """Sizes that decide speed, not results."""
+
+    block_kv: int  # keys of a tile, a multiple of 64
+    stages: int  # tiles of K, and of V, in shared memory
+
+
+def prefill_tiles(head_dim: int) -> PrefillTiles:
+    """Tiles that fit shared memory (227 KiB) and registers; those of 64 and 128 are FlashAttention-3's on H100."""
+    if head_dim > 128:
+        return PrefillTiles(block_kv=64, stages=2)
+    return PrefillTiles(block_kv=128, stages=2 if head_dim > 96 else 3)
+
+
+def check_prefill_supported(geometry: AttentionGeometry) -> None:
+    """NotImplementedError, with the reason, for geometries that this kernel cannot compute."""
+    if geometry.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"mosaic_gpu prefill takes a head_dim of {HEAD_DIMS}, got {geometry.head_dim}")
+    if geometry.dtype not in ("bfloat16", "float16"):
+        raise NotImplementedError(f"mosaic_gpu prefill takes bfloat16 or float16, got {geometry.dtype}")
+    if geometry.block_size % 8:
+        raise NotImplementedError(
+            f"mosaic_gpu prefill takes a block_size that is a multiple of 8, got {geometry.block_size}"
+        )
+
+
+def prefill(
+    q: jax.Array,  # [tokens, q_heads, head_dim], bf16 or f16
+    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim], as q
+    v_pool: jax.Array,
+    out: jax.Array,  # [tokens, q_heads, head_dim], as q
+    block_tables: jax.Array,  # i32[rows, blocks_per_seq]
+    kv_lens: jax.Array,  # i32[rows]
+    plan: PrefillPlan,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,  # f32[q_heads]
+    tiles: PrefillTiles | None = None,
+    interpret: Any = None,  # compat.gpu_interpret_params(): run on the CPU
+) -> jax.Array:
+    """Returns `out` with the tokens of the plan's items replaced by their attention; donated, it changes in place.
+
+    Arguments mean what they mean in `paged_attention.op`. Registers hold f32 scores and sums; the weights are rounded
+    to q's dtype before they meet V. NotImplementedError for geometries that `check_prefill_supported` refuses.
+    """
+    if scale <= 0:
+        raise NotImplementedError(f"mosaic_gpu prefill takes the maximum before it scales: scale must be > 0: {scale}")
+    num_items = plan.rows.shape[0]
+    if num_items == 0:
+        return out
+    _, block_size, kv_heads, head_dim = k_pool.shape
+    geometry = AttentionGeometry(
+        q_heads=q.shape[1], kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=q.dtype.name
+    )
+    check_prefill_supported(geometry)
+    tiles = tiles or prefill_tiles(head_dim)
+    kernel = _Prefill(
+        geometry=geometry,
+        tiles=tiles,
+        blocks_per_seq=block_tables.shape[1],
+        scale=scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        has_sinks=sinks is not None,
+        product=Warpgroup(interpret=bool(interpret)),
+    )
+    item_tokens = tokens_per_item(geometry.group)
+    if interpret or len(q) < item_tokens:  # TMA reads zeros past the end, the interpreter does not
+        q = jnp.pad(q, ((0, item_tokens), (0, 0), (0, 0)))
+    operands = [q, k_pool, v_pool, block_tables, kv_lens, *jax.tree.leaves(plan), *([] if sinks is None else [sinks])]
+    out_ref: Any = jax.new_ref(out, memory_space=plgpu.GMEM)
+    mesh = plgpu.Mesh(
+        grid=(num_items, geometry.q_heads // kernel.heads),
+        grid_names=("item", "heads"),
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+    )
+    call: Any = pl.kernel(
+        kernel.body,
+        out_type=(),
+        mesh=mesh,
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpret,
+        name="paged_prefill",
+    )
+    call(*(gpu_operand(x, interpret=interpret) for x in operands), out_ref)
+    return jax.freeze(out_ref)
+
+
+class _Global(NamedTuple):
+    """Refs in global memory."""
+
+    q: Any
+    k_pool: Any
+    v_pool: Any
+    block_tables: Any
+    kv_lens: Any
+    rows: Any
+    first_tokens: Any
+    num_tokens: Any
+    first_positions: Any
+    computed_lens: Any
+    sinks: Any
+    out: Any
+
+
+class _Shared(NamedTuple):
+    """Refs in shared memory; `full` barriers: a tile has arrived, `free`: both compute warpgroups are done with it."""
+
+    q: Any  # [warpgroups, ROWS, head_dim], as wgmma reads it
+    rows_out: Any  # [warpgroups, ROWS, head_dim up to _ALIGNED], row by row
+    k: Any  # [stages, block_kv, head_dim]
+    v: Any
+    q_full: Any  # [warpgroups]
+    k_full: Any  # [stages]
+    v_full: Any
+    k_free: Any
+    v_free: Any
+    v_partial: Any  # a tile of V with slots that must be zeroed first
+    turns: Any
+
+
+class _Item(NamedTuple):
+    """What a thread block computes; i32 scalars."""
+
+    row: Any
+    first_token: Any
+    num_tokens: Any
+    first_position: Any
+    first_readable: Any  # slots of the row before this position may hold anything,
+    kv_len: Any  # and from this one on
+    first_tile: Any  # of keys, counted from the beginning of the sequence
+    num_tiles: Any
+    first_head: Any
+    kv_head: Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Prefill:
+    """The kernel of one geometry."""
+
+    geometry: AttentionGeometry
+    tiles: PrefillTiles
+    blocks_per_seq: int
+    scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    has_sinks: bool
+    product: Warpgroup
+
+    @property
+    def heads(self) -> int:
+        """Query heads in a tile of queries."""
+        return folded_heads(self.geometry.group)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in a tile of queries, a power of two."""
+        return ROWS // self.heads
+
+    @property
+    def box(self) -> int:
+        """Keys that one copy brings: they lie in one block and in one tile."""
+        return math.gcd(self.geometry.block_size, self.tiles.block_kv)
+
+    def body(self, *refs: Any) -> None:
+        """One thread of one thread block; refs as `_Global`, without sinks where there are none."""
+        g = _Global._make((*refs[:10], refs[10] if self.has_sinks else None, refs[-1]))
+
+        def allocated(queries: Any, *shared: Any) -> None:
+            q, rows_out = queries
+            self._item(g, _Shared._make((q, rows_out, *shared)))
+
+        pl.run_scoped(allocated, *self._scratch(), collective_axes="warpgroup")
+
+    def _scratch(self) -> list[Any]:
+        head_dim, dtype = self.geometry.head_dim, jnp.dtype(self.geometry.dtype)
+        q = self.product.tile((ROWS, head_dim), dtype, stages=COMPUTE_WARPGROUPS)
+        rows_out = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS, -(-head_dim // _ALIGNED) * _ALIGNED), dtype)
+        # Results take the place of the queries, each warpgroup's of its own: only where both have the same size.
+        aliased = head_dim % _ALIGNED == 0 and not self.product.interpret
+        ring = self.product.tile((self.tiles.block_kv, head_dim), dtype, stages=self.tiles.stages)
+        copies = self.tiles.block_kv // self.box
+        stages = self.tiles.stages
+        full = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
+        free = plgpu.Barrier(num_barriers=stages, num_arrivals=COMPUTE_WARPGROUPS)
+        return [
+            plgpu.RefUnion(q, rows_out) if aliased else [q, rows_out],
+            ring,
+            ring,
+            plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS, num_arrivals=self.heads),
+            full,
+            full,
+            free,
+            free,
+            plgpu.Barrier(num_barriers=1, num_arrivals=copies),
+            plgpu.Barrier(num_barriers=1, num_arrivals=COMPUTE_WARPGROUPS),
+        ]
+
+    def _item(self, g: _Global, s: _Shared) -> None:
+        warpgroup = lax.axis_index("warpgroup")
+        index = lax.axis_index("item")
+        item = self._read_item(g, index)
+
+        @pl.when((item.num_tokens > 0) & (warpgroup < COMPUTE_WARPGROUPS))
+        def _() -> None:
+            plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
+            self._compute(g, s, item, warpgroup)
+
+        @pl.when((item.num_tokens > 0) & (warpgroup == COMPUTE_WARPGROUPS))
+        def _() -> None:
+            plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
+            self._produce(g, s, item)
+
+    def _read_item(self, g: _Global, index: jax.Array) -> _Item:
+        block_kv = jnp.int32(self.tiles.block_kv)
+        row, num_tokens = g.rows[index], g.num_tokens[index]
+        first_position, computed = g.first_positions[index], g.computed_lens[index]
+        first_head = lax.axis_index("heads") * self.heads
+        window = self.sliding_window
+        lowest = 0 if window is None else jnp.maximum(first_position - window + 1, 0)
+        first_tile = lax.div(jnp.int32(lowest), block_kv)
+        return _Item(
+            row=row,
+            first_token=g.first_tokens[index],
+            num_tokens=num_tokens,
+            first_position=first_position,
+            first_readable=0 if window is None else jnp.maximum(computed - window + 1, 0),
+            kv_len=g.kv_lens[row],
+            first_tile=first_tile,
+            num_tiles=lax.div(first_position + num_tokens + block_kv - 1, block_kv) - first_tile,
+            first_head=first_head,
+            kv_head=lax.div(first_head, jnp.int32(self.geometry.group)),
+        )
+
+    # The producer.
+
+    def _produce(self, g: _Global, s: _Shared, item: _Item) -> None:
+        stages = self.tiles.stages
+
+        @pl.loop(0, item.num_tiles)
+        def _(step: jax.Array) -> None:
+            slot = lax.rem(step, jnp.int32(stages))
+            start = (item.first_tile + step) * self.tiles.block_kv
+            places = self._places(g, item, start)  # before the wait: the table's latency hides in it
+
+            def copy(pool: Any, tile: Any, arrived: Any) -> None:
+                for index, (block, offset) in enumerate(places):
+                    source = pool.at[block, pl.ds(offset, self.box), item.kv_head]
+                    plgpu.copy_gmem_to_smem(source, tile.at[slot, pl.ds(index * self.box, self.box)], arrived)
+
+            @pl.when(step >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(s.k_free.at[slot])
+
+            copy(g.k_pool, s.k, s.k_full.at[slot])
+
+            @pl.when(step >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(s.v_free.at[slot])
+
+            is_partial = (start < item.first_readable) | (start + self.tiles.block_kv > item.kv_len)
+
+            @pl.when(jnp.logical_not(is_partial))
+            def _() -> None:
+                copy(g.v_pool, s.v, s.v_full.at[slot])
+
+            @pl.when(is_partial)
+            def _() -> None:
+                copy(g.v_pool, s.v, s.v_partial.at[0])
+                plgpu.barrier_wait(s.v_partial.at[0])
+                self._zero_unread(s.v.at[slot], item, start)
+                for _ in places:
+                    plgpu.barrier_arrive(s.v_full.at[slot])
+
+        @pl.loop(jnp.maximum(item.num_tiles - stages, 0), item.num_tiles)
+        def _(step: jax.Array) -> None:  # the interpreter insists that every phase of a barrier is seen
+            slot = lax.rem(step, jnp.int32(stages))
+            plgpu.barrier_wait(s.k_free.at[slot])
+            plgpu.barrier_wait(s.v_free.at[slot])
+
+    def _places(self, g: _Global, item: _Item, start: jax.Array) -> list[tuple[jax.Array, Any]]:
+        """Block and offset in it of each copy of the tile at `start`; past the table's end, those of its last block."""
+        block_size = self.geometry.block_size
+        places = []
+        for index in range(self.tiles.block_kv // self.box):
+            position = start + index * self.box
+            entry = jnp.minimum(lax.div(position, jnp.int32(block_size)), self.blocks_per_seq - 1)
+            offset = 0 if self.box == block_size else lax.rem(position, jnp.int32(block_size))
+            places.append((g.block_tables[item.row, entry], offset))
+        return places
+
+    def _zero_unread(self, tile: Any, item: _Item, start: jax.Array) -> None:
+        """Zeroes the rows of a tile of V that no query may see: there might be nan, and 0 * nan is nan."""
+        columns = math.gcd(self.geometry.head_dim, _ALIGNED)  # few: the producer has few registers
+        for first in range(0, self.tiles.block_kv, ROWS):
+            position = start + first + self.product.iota((ROWS, columns), 0)
+            readable = (position >= item.first_readable) & (position < item.kv_len)
+            for column in range(0, self.geometry.head_dim, columns):
+                part = tile.at[pl.ds(first, ROWS), pl.ds(column, columns)]
+                values = self.product.load(part)
+                part[...] = jnp.where(readable, values, jnp.zeros_like(values))
+        plgpu.commit_smem()
+
+    # The compute warpgroups.
+
+    def _compute(self, g: _Global, s: _Shared, item: _Item, warpgroup: jax.Array) -> None:
+        first_token = item.first_token + warpgroup * self.tokens
+        for head in range(self.heads):
+            plgpu.copy_gmem_to_smem(
+                g.q.at[pl.ds(first_token, self.tokens), item.first_head + head],
+                s.q.at[warpgroup, pl.ds(head * self.tokens, self.tokens)],
+                s.q_full.at[warpgroup],
+            )
+        plgpu.barrier_wait(s.q_full.at[warpgroup])
+        plgpu.barrier_wait(s.k_full.at[0])
+
+        @pl.when(warpgroup == 1)
+        def _() -> None:
+            _take_turn(s)
+
+        carry: Any = self._start(g, item)
+        position = item.first_position + warpgroup * self.tokens
+        for first, last, masked in self._ranges(item, position):
+            carry = lax.fori_loop(first, last, self._step(s, item, warpgroup, position, masked), carry)
+
+        @pl.when(warpgroup == 0)
+        def _() -> None:
+            _take_turn(s)
+
+        acc, _, total = carry
+        result: jax.Array = acc * self.product.over_columns(1.0 / total, self.geometry.head_dim)
+        self._store(g, s, item, warpgroup, result.astype(self.geometry.dtype))
+
+    def _start(self, g: _Global, item: _Item) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weighted values, largest score and sum of weights before the first tile: a sink is a score without value."""
+        acc = self.product.full((ROWS, self.geometry.head_dim), 0.0)
+        if g.sinks is None:
+            return acc, self.product.full_rows(ROWS, _MASKED), self.product.full_rows(ROWS, 0.0)
+        head = self.product.iota((ROWS, 8), 0) // self.tokens
+        sinks = self.product.full((ROWS, 8), 0.0)
+        for index in range(self.heads):
+            sinks = jnp.where(head == index, g.sinks[item.first_head + index] * _LOG2E, sinks)
+        return acc, sinks.max(axis=1), self.product.full_rows(ROWS, 1.0)
+
+    def _ranges(self, item: _Item, position: jax.Array) -> list[tuple[Any, Any, bool]]:
+        """The steps of a warpgroup whose first query is at `position`: [first, last), and whether masks are needed."""
+        block_kv = jnp.int32(self.tiles.block_kv)
+        causal_edge = jnp.minimum(lax.div(position + 1, block_kv) - item.first_tile, item.num_tiles)
+        if self.sliding_window is None:
+            return [(0, causal_edge, False), (causal_edge, item.num_tiles, True)]
+        lowest = jnp.maximum(position + self.tokens - self.sliding_window, 0)  # that the last query sees
+        window_edge = jnp.minimum(lax.div(lowest + block_kv - 1, block_kv) - item.first_tile, item.num_tiles)
+        causal_edge = jnp.maximum(causal_edge, window_edge)
+        return [(0, window_edge, True), (window_edge, causal_edge, False), (causal_edge, item.num_tiles, True)]
+
+    def _step(
+        self, s: _Shared, item: _Item, warpgroup: jax.Array, position: jax.Array, masked: bool
+    ) -> Callable[..., Any]:
+        def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            acc, top, total = carry
+            slot = lax.rem(index, jnp.int32(self.tiles.stages))
+            scores = self.product.scores(s.q.at[warpgroup], s.k.at[slot], lambda: _take_turn(s))
+            plgpu.barrier_arrive(s.k_free.at[slot])
+            visible = self._visible(position, (item.first_tile + index) * self.tiles.block_kv) if masked else None
+            weights, top, shrink = self._softmax(scores, top, visible)
+            acc = acc * self.product.over_columns(shrink, self.geometry.head_dim)
+            total = total * shrink
+            rounded = weights.astype(self.geometry.dtype)
+            is_small = self.geometry.head_dim <= 128
+            if is_small:
+                total = total + weights.sum(axis=1)
+                acc, total, top, rounded = lax.optimization_barrier((acc, total, top, rounded))
+            plgpu.barrier_arrive(s.turns.at[0])  # the softmax is done
+            plgpu.barrier_wait(s.v_full.at[slot])
+            plgpu.barrier_wait(s.turns.at[0])  # the tensor cores are free
+            if not is_small:
+                total = total + weights.sum(axis=1)
+
+            def await_next_keys() -> None:
+                @pl.when(index + 1 < item.num_tiles)
+                def _() -> None:
+                    plgpu.barrier_wait(s.k_full.at[lax.rem(index + 1, jnp.int32(self.tiles.stages))])
+
+            acc = self.product.add_product(acc, rounded, s.v.at[slot], await_next_keys)
+            plgpu.barrier_arrive(s.v_free.at[slot])
+            return acc, top, total
+
+        return step
+
+    def _visible(self, position: jax.Array, start: jax.Array) -> jax.Array:
+        """bool[ROWS, block_kv]: which keys of the tile at `start` each row's query sees."""
+        shape = (ROWS, self.tiles.block_kv)
+        query = self.product.iota(shape, 0) & (self.tokens - 1)
+        distance = query - self.product.iota(shape, 1) + (position - start)
+        visible = distance >= 0
+        return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
+
+    def _softmax(
+        self, scores: jax.Array, top: jax.Array, visible: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Weights of the scores against the new largest score; that one, in base 2; and what older sums shrink by."""
+        unit = self.scale * _LOG2E
+        if self.soft_cap is not None:  # tanh(x) = 1 - 2 / (1 + e^2x): the device's own tanh has 11 bits
+            scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * unit / self.soft_cap)))
+            unit = self.soft_cap * _LOG2E
+        if visible is not None:
+            scores = jnp.where(visible, scores, _MASKED)
+        new_top = jnp.maximum(top, scores.max(axis=1) * unit)
+        weights = jnp.exp2(scores * unit - self.product.over_columns(new_top, scores.shape[1]))
+        return weights, new_top, jnp.exp2(top - new_top)
+
+    # Results.
+
+    def _store(self, g: _Global, s: _Shared, item: _Item, warpgroup: jax.Array, result: jax.Array) -> None:
+        """Writes the warpgroup's tokens of the item, and no other: whole tiles at once, the others row by row."""
+        first_token = item.first_token + warpgroup * self.tokens
+        num_tokens = jnp.clip(item.num_tokens - warpgroup * self.tokens, 0, self.tokens)
+
+        @pl.when(num_tokens == self.tokens)
+        def _() -> None:
+            tile = s.q.at[warpgroup]
+            tile[...] = result
+            plgpu.commit_smem()
+            for head in range(self.heads):
+                plgpu.copy_smem_to_gmem(
+                    tile.at[pl.ds(head * self.tokens, self.tokens)],
+                    g.out.at[pl.ds(first_token, self.tokens), item.first_head + head],
+                )
+
+        @pl.when(num_tokens < self.tokens)
+        def _() -> None:
+            rows = s.rows_out.at[warpgroup]
+            rows.at[:, pl.ds(0, self.geometry.head_dim)][...] = result
+            plgpu.commit_smem()
+            self._store_rows(g, item, rows, first_token, num_tokens)
+
+        plgpu.wait_smem_to_gmem(0)
+
+    def _store_rows(self, g: _Global, item: _Item, rows: Any, first_token: jax.Array, num_tokens: jax.Array) -> None:
+        @pl.loop(0, num_tokens)
+        def _(token: jax.Array) -> None:
+            for head in range(self.heads):
+                plgpu.copy_smem_to_gmem(
+                    rows.at[head * self.tokens + token, pl.ds(0, self.geometry.head_dim)],
+                    g.out.at[first_token + token, item.first_head + head],
+                )
+
+
+def _take_turn(s: _Shared) -> None:
+    plgpu.barrier_arrive(s.turns.at[0])
+    plgpu.barrier_wait(s.turns.at[0])

@@ -1,0 +1,111 @@
+"""The host's work list for the GPU prefill kernel: rows of many query tokens, cut into tiles, longest first."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.compat import register_pytree_dataclass
+from pallas_kernels.paged_attention.geometry import AttentionGeometry, padded
+from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS
+
+MAX_DECODE_TOKENS = 16  # rows of up to this many query tokens belong to the decode kernel
+COMPUTE_WARPGROUPS = 2  # of a thread block, each with a part of its own of the item's tokens
+MAX_FOLDED_HEADS = 8  # more would leave a head fewer than 8 of the 64 rows, the unit of a swizzled tile
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPlan:
+    """Items of up to `tokens_per_item` neighbouring query tokens of one row; items past the last have no tokens.
+
+    A row of 70 tokens after 100 computed ones, at token 5 of the batch, in items of 32 tokens:
+
+        first_tokens      69     37     5        0
+        num_tokens         6     32    32        0
+        first_positions  164    132   100        0
+        computed_lens    100    100   100        0
+    """
+
+    rows: jax.Array  # i32[items]
+    first_tokens: jax.Array  # i32[items], index of the first token in the batch
+    num_tokens: jax.Array  # i32[items], 0: nothing to do
+    first_positions: jax.Array  # i32[items], position of the first token in its sequence
+    computed_lens: jax.Array  # i32[items], position of the row's first query token
+
+
+_FIELDS = tuple(field.name for field in dataclasses.fields(PrefillPlan))
+register_pytree_dataclass(PrefillPlan, _FIELDS)
+
+
+def folded_heads(group: int) -> int:
+    """Query heads of one KV head that share a tile of 64 rows: the largest power of two up to 8 that divides `group`.
+
+    Short rows then fill their tiles with heads. A group such as 5 or 7 takes tiles of one head and wastes no row in a
+    long prompt; 5 heads of 8 tokens would waste 24 rows of each tile, always.
+
+    >>> [folded_heads(group) for group in (1, 2, 4, 5, 6, 8, 16)]
+    [1, 2, 4, 1, 2, 8, 8]
+    """
+    return min(group & -group, MAX_FOLDED_HEADS)
+
+
+def tokens_per_item(group: int) -> int:
+    """Query tokens that one thread block computes, for `folded_heads(group)` heads.
+
+    >>> [tokens_per_item(group) for group in (1, 4, 7, 8, 16)]
+    [128, 32, 128, 16, 16]
+    """
+    return COMPUTE_WARPGROUPS * ROWS // folded_heads(group)
+
+
+def num_items(*, group: int, num_tokens: int, num_rows: int) -> int:
+    """Length of a bucket's work list: all full items that the tokens make, and a partial one for each prefill row.
+
+    >>> num_items(group=4, num_tokens=512, num_rows=8)
+    24
+    >>> num_items(group=4, num_tokens=16, num_rows=4)
+    0
+    """
+    return num_tokens // tokens_per_item(group) + min(num_rows, num_tokens // (MAX_DECODE_TOKENS + 1))
+
+
+def prefill_plan_shapes(*, geometry: AttentionGeometry, num_tokens: int, num_rows: int) -> PrefillPlan:
+    """The ShapeDtypeStructs of a bucket's plan."""
+    items = num_items(group=geometry.group, num_tokens=num_tokens, num_rows=num_rows)
+    # jax types its fields as arrays; here the leaves are their shapes.
+    leaves: dict[str, Any] = {name: jax.ShapeDtypeStruct((items,), jnp.int32) for name in _FIELDS}
+    return PrefillPlan(**leaves)
+
+
+def build_prefill_plan(
+    query_lens: np.ndarray,  # i32[batch rows], >= 1
+    kv_lens: np.ndarray,  # i32[batch rows], computed tokens + query tokens
+    starts: np.ndarray,  # i32[batch rows or more], first token of each row in the batch
+    *,
+    geometry: AttentionGeometry,
+    num_tokens: int,
+    num_rows: int,
+) -> PrefillPlan:
+    """The plan of the rows with more than MAX_DECODE_TOKENS query tokens, as numpy arrays of the bucket's shapes.
+
+    Longest first, by the keys that an item sees: the short ones fill the gaps at the end of the launch.
+    """
+    size = tokens_per_item(geometry.group)
+    prefill_rows = np.flatnonzero(query_lens > MAX_DECODE_TOKENS)
+    counts = -(-query_lens[prefill_rows] // size)
+    rows = np.repeat(prefill_rows, counts)
+    offsets = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * size  # of the item in its row
+    computed = (kv_lens - query_lens)[rows]
+    lengths = np.minimum(query_lens[rows] - offsets, size)
+    order = np.argsort(-(computed + offsets + lengths), kind="stable")
+    items = num_items(group=geometry.group, num_tokens=num_tokens, num_rows=num_rows)
+    leaves: dict[str, Any] = {
+        "rows": padded(rows[order], items),
+        "first_tokens": padded((starts[rows] + offsets)[order], items),
+        "num_tokens": padded(lengths[order], items),
+        "first_positions": padded((computed + offsets)[order], items),
+        "computed_lens": padded(computed[order], items),
+    }
+    return PrefillPlan(**leaves)
