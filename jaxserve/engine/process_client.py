@@ -7,6 +7,7 @@ import itertools
 import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 from jaxserve.config import Config
@@ -55,6 +56,7 @@ class ProcessEngineClient:
             lambda: EngineChild.launch(config, core=core),
             on_message=self._on_message,
             on_death=self._on_death,
+            on_restart=self._on_restart,
             on_progress=on_progress or (lambda text: logger.info("engine: %s", text)),
             max_restarts=config.server.max_num_engine_restarts,
             backoff_s=backoff_s,
@@ -103,15 +105,9 @@ class ProcessEngineClient:
             await asyncio.gather(starting, loading, return_exceptions=True)
             await self.shutdown()
             raise
-        self.tokenizer, self.core_info = loading.result(), starting.result()
-        self.metrics.set_core_info(self.core_info)
-        self._preparer = RequestPreparer(
-            self.tokenizer,
-            self.core_info,
-            seed=self._config.model.seed,
-            max_queued_requests=self._config.scheduler.max_queued_requests,
-        )
-        self.model_info = model_info(self._config, self.core_info)
+        self.tokenizer = loading.result()
+        self.model_info = model_info(self._config, starting.result())
+        self._take_over(starting.result())
 
     async def generate(
         self,
@@ -186,6 +182,17 @@ class ProcessEngineClient:
             self._tokenizing, lambda: self._preparer.prepare(prompt, params, **options)
         )
 
+    def _take_over(self, info: CoreInfo) -> None:
+        """Serve what this engine offers."""
+        self.core_info = info
+        self.metrics.set_core_info(info)
+        self._preparer = RequestPreparer(
+            self.tokenizer,
+            info,
+            seed=self._config.model.seed,
+            max_queued_requests=self._config.scheduler.max_queued_requests,
+        )
+
     def _check_ready(self) -> None:
         health = self._supervisor.health
         if health.state is EngineState.DRAINING:
@@ -211,6 +218,17 @@ class ProcessEngineClient:
                     call.set_result(value)
             case _:
                 raise AssertionError(f"unexpected message from a ready engine: {message!r}")
+
+    def _on_restart(self, info: CoreInfo) -> None:
+        """Another engine may have room for less, but what it answers must be what the first one would."""
+        if (info.fingerprint, info.vocab_size) != (self.core_info.fingerprint, self.core_info.vocab_size):
+            raise EngineDeadError(
+                f"the engine that was started again serves another model ({info.fingerprint}, not "
+                f"{self.core_info.fingerprint}): its files were changed; restart the server"
+            )
+        self._take_over(info)
+        created_s = self.model_info.created_s
+        self.model_info = replace(model_info(self._config, info), created_s=created_s)
 
     def _on_death(self, cause: str) -> None:
         """Nothing that ran in the engine survives it."""

@@ -35,15 +35,20 @@ class EngineSupervisor:
         *,
         on_message: Callable[[wire.FromEngine], None],
         on_death: Callable[[str], None],
+        on_restart: Callable[[CoreInfo], None],
         on_progress: Callable[[str], None],
         max_restarts: int,
         backoff_s: float,
     ) -> None:
-        """`max_restarts` within `DEATH_WINDOW_S`; the first restart is at once, the second after `backoff_s`."""
+        """`max_restarts` within `DEATH_WINDOW_S`; the first restart is at once, the second after `backoff_s`.
+
+        `on_restart` hears of what a new engine has to offer; a `JaxserveError` of it refuses the engine.
+        """
         self.health = EngineHealth(state=EngineState.STARTING)
         self._launch_child = launch
         self._on_message = on_message
         self._on_death = on_death
+        self._on_restart = on_restart
         self._on_progress = on_progress
         self._max_restarts = max_restarts
         self._backoff_s = backoff_s
@@ -87,7 +92,7 @@ class EngineSupervisor:
             child, self._child = self._child, None
             await child.end(timeout_s=END_TIMEOUT_S)
 
-    async def _launch(self) -> CoreInfo:
+    async def _launch(self, accept: Callable[[CoreInfo], None] = lambda info: None) -> CoreInfo:
         child = self._child = self._launch_child()
         try:
             while True:
@@ -95,6 +100,7 @@ class EngineSupervisor:
                     case wire.Progress(text):
                         self._on_progress(text)
                     case wire.Ready(info):
+                        accept(info)
                         return info
                     case wire.StartFailed(error):
                         raise error.rebuild()
@@ -143,7 +149,7 @@ class EngineSupervisor:
             if num_deaths > 1:
                 await asyncio.sleep(min(MAX_BACKOFF_S, self._backoff_s * 2 ** (num_deaths - 2)))
             try:
-                await self._launch()
+                await self._launch(self._on_restart)
             except JaxserveError as error:
                 cause = str(error)
                 continue

@@ -6,10 +6,13 @@ A prompt that begins with a command token makes it misbehave; `config.model.hf_o
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
@@ -41,6 +44,8 @@ class FakeCore:
         self.info = CoreInfo(
             max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, num_blocks=100, block_size=16, fingerprint="fp_fake"
         )
+        if os.path.exists(script.get("info", "")):
+            self.info = replace(self.info, **json.loads(Path(script["info"]).read_text()))
         self._step_s = script.get("step_s", 0.001)
         self._record = script.get("record")  # file that gets a line for each abort
         self._requests: dict[str, EngineRequest] = {}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from jaxserve.engine.client import EngineState
-from jaxserve.errors import EngineDeadError
+from jaxserve.errors import EngineDeadError, PromptTooLongError
 from jaxserve.outputs import FinishReason
 from jaxserve.sampling_params import SamplingParams
 from tests.engine.fake_core import CRASH, KILL
@@ -120,6 +120,31 @@ async def test_restarts_that_fail_count_as_deaths(fake_client, tmp_path):
         await wait_for(lambda: client.health.state is EngineState.DEAD)
 
     assert "while it started" in client.health.detail
+
+
+async def test_an_engine_started_again_is_served_with_what_it_has_room_for(fake_client, tmp_path):
+    changes = tmp_path / "info.json"
+    async with fake_client({"info": str(changes)}) as client:
+        created_s = client.model_info.created_s
+        changes.write_text('{"max_model_len": 10, "num_blocks": 7}')
+        os.kill(client.engine_pid, signal.SIGKILL)
+        await wait_for(lambda: client.health.num_restarts == 1)
+
+        assert (client.core_info.num_blocks, client.model_info.max_model_len) == (7, 10)
+        assert client.model_info.created_s == created_s
+        assert 'num_gpu_blocks="7"' in client.metrics.render().decode()
+        with pytest.raises(PromptTooLongError, match="context takes 10"):
+            await collect(client.generate("a" * 12, SamplingParams(), request_id="r"))
+
+
+async def test_an_engine_that_comes_back_with_another_model_is_refused(fake_client, tmp_path):
+    changes = tmp_path / "info.json"
+    async with fake_client({"info": str(changes)}, max_num_engine_restarts=1) as client:
+        changes.write_text('{"fingerprint": "fp_other"}')
+        os.kill(client.engine_pid, signal.SIGKILL)
+        await wait_for(lambda: client.health.state is EngineState.DEAD)
+
+    assert "serves another model (fp_other, not fp_fake)" in client.health.detail
 
 
 async def test_sigterm_ends_the_engine_cleanly(fake_client, tmp_path):
