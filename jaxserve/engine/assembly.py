@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.config import Config
+from jaxserve.engine.side_by_side import GivenUp, side_by_side
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import ModelFiles, load_weights
 from jaxserve.runner.memory import (
@@ -71,13 +70,15 @@ class Assembly:
         if num_blocks is None:
             return self._one_after_the_other(useful)
         shapes = self._fitting(num_blocks)
-        with ThreadPoolExecutor(1, thread_name_prefix="load") as pool:
-            loading = pool.submit(lambda: (self._load(), self._allocate(num_blocks)))
-            programs = self._compile(shapes, loading)
-            return *loading.result(), programs, shapes
+        loaded, programs = side_by_side(
+            lambda given_up: (self._load(given_up), self._allocate(num_blocks)),
+            lambda given_up: self._compile(shapes, given_up),
+        )
+        return *loaded, programs, shapes
 
     def _one_after_the_other(self, useful: int) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
-        params = self._load()
+        given_up = GivenUp()  # never, where nothing runs beside
+        params = self._load(given_up)
         with self.phases.phase("profile"):
             trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
             step_bytes = Programs(self.graph, self._shapes(trial, self.settings.max_model_len)).step_bytes()
@@ -86,7 +87,8 @@ class Assembly:
             memory = DeviceMemory.read(device, share=self.memory_share, step_bytes=step_bytes)
         num_blocks = blocks_on_device(self.spec, memory, num_devices=self.graph.mesh.size, num_useful=useful)
         shapes = self._fitting(num_blocks)
-        programs = self._compile(shapes)  # before the pool is there: kernels are tried out on memory that is still free
+        # Compiled before the pool takes the memory that kernels are tried out on.
+        programs = self._compile(shapes, given_up)
         return params, self._allocate(num_blocks), programs, shapes
 
     def _fitting(self, num_blocks: int) -> ProgramShapes:
@@ -102,19 +104,23 @@ class Assembly:
             max_model_len=max_model_len,
         )
 
-    def _load(self) -> Params:
-        with self.phases.phase("load"), loading_progress() as on_loaded:
+    def _load(self, given_up: GivenUp) -> Params:
+        with self.phases.phase("load"), loading_progress() as show:
+
+            def on_loaded(name: str, done: int, total: int) -> None:
+                given_up.check()
+                show(name, done, total)
+
             return load_weights(self.files, self.graph, on_loaded)
 
     def _allocate(self, num_blocks: int) -> list[LayerCache]:
         with self.phases.phase("allocate"):
             return jax.block_until_ready(self.spec.allocate(num_blocks, self.graph.mesh))
 
-    def _compile(self, shapes: ProgramShapes, loading: Future[Any] | None = None) -> Programs:
+    def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> Programs:
         def on_compiled(done: int, total: int) -> None:
+            given_up.check()
             self.phases.tell(f"compile {done} of {total}")
-            if loading is not None and loading.done():
-                loading.result()  # raises what the load raised: there is no use in compiling on
 
         programs = Programs(self.graph, shapes)
         num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)

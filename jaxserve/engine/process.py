@@ -226,14 +226,20 @@ def _watch_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def _end(exit_code: int) -> NoReturn:
-    """End now. After a failure nothing is waited for: compile threads and device runtimes may hang, and the parent
-    sees a death only when the process is gone."""
+def _run() -> NoReturn:
+    """Run `main` and end now. After a failure or a signal nothing is waited for: compile threads and device runtimes
+    may hang, and the parent sees a death only when the process is gone."""
+    try:
+        exit_code = main()
+    except SystemExit as ended:
+        exit_code = ended.code
     if exit_code:
+        if isinstance(exit_code, str):
+            logger.error("%s", exit_code)
         logging.shutdown()
-        os._exit(exit_code)
+        os._exit(exit_code if isinstance(exit_code, int) else 1)
     sys.exit(0)
 
 
 if __name__ == "__main__":
-    _end(main())
+    _run()

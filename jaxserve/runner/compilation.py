@@ -46,19 +46,21 @@ def compile_all(
     num_threads: int | None = None,
     on_compiled: OnCompiled | None = None,
 ) -> dict[Key, Compiled]:
-    """Trace, lower and compile every job; the largest should come first. The first error ends it."""
+    """Trace, lower and compile every job; the largest should come first.
+
+    The first error ends it. Compiles that run then cannot be stopped, and are not waited for.
+    """
     num_threads = num_threads or os.cpu_count() or 1
     compiled: dict[Key, Compiled] = {}
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="compile") as pool:
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
+    try:
         futures = {pool.submit(_compile, lower): key for key, lower in jobs.items()}
-        try:
-            for future in as_completed(futures):
-                compiled[futures[future]] = future.result()
-                if on_compiled is not None:
-                    on_compiled(len(compiled), len(jobs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # what runs cannot be stopped, only waited for
-            raise
+        for future in as_completed(futures):
+            compiled[futures[future]] = future.result()
+            if on_compiled is not None:
+                on_compiled(len(compiled), len(jobs))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return compiled
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.side_by_side import side_by_side
 from jaxserve.errors import CheckpointError, QueueFullError
 from jaxserve.outputs import FinishReason, TokenDelta, TokenLogprobs
 from jaxserve.request import EngineRequest
@@ -37,6 +38,8 @@ class FakeCore:
             time.sleep(script["start_s"])
         if script.get("start") == "checkpoint_error":
             raise CheckpointError("the fake checkpoint is broken")
+        if script.get("start") == "in_threads":
+            side_by_side(lambda _: time.sleep(60), lambda _: time.sleep(60))
         if script.get("start") == "bug":
             raise KeyError("a bug in the core")
         if script.get("start") == "kill" and os.path.exists(script["unless"]):

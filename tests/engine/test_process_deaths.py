@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from jaxserve.engine.client import EngineState
-from jaxserve.errors import EngineDeadError, PromptTooLongError
+from jaxserve.engine.process_client import ProcessEngineClient
+from jaxserve.errors import EngineDeadError, JaxserveError, PromptTooLongError
 from jaxserve.outputs import FinishReason
 from jaxserve.sampling_params import SamplingParams
 from tests.engine.fake_core import CRASH, KILL
@@ -154,6 +155,18 @@ async def test_sigterm_ends_the_engine_cleanly(fake_client, tmp_path):
         await wait_for(lambda: client.health.num_restarts == 1)
 
     assert record.read_text().splitlines()[0] == "shutdown"
+
+
+async def test_sigterm_ends_a_start_whose_threads_are_busy(make_config):
+    heard = asyncio.Event()
+    config = make_config({"start": "in_threads"})
+    client = ProcessEngineClient(config, core="tests.engine.fake_core:FakeCore", on_progress=lambda text: heard.set())
+    starting = asyncio.create_task(client.start())
+    await heard.wait()
+    await asyncio.sleep(1)  # the core's threads are at work
+    os.kill(client.engine_pid, signal.SIGTERM)
+    with pytest.raises(JaxserveError, match=f"exit code {128 + signal.SIGTERM} while it started"):
+        await asyncio.wait_for(starting, 15)
 
 
 async def test_the_engine_leaves_ctrl_c_to_its_parent(fake_client):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -92,6 +93,23 @@ def test_the_guard_counts_compiles_only_in_steps_and_while_armed() -> None:
     with guard.watch():
         double(jnp.ones(7))
     assert guard.num_compiles == counted
+
+
+def test_the_first_error_is_not_kept_waiting_by_other_compiles() -> None:
+    go_on = threading.Event()
+
+    def fail() -> jax.stages.Lowered:
+        raise ValueError("no such shape")
+
+    def dawdle() -> jax.stages.Lowered:
+        go_on.wait(60)
+        return jax.jit(lambda x: x).lower(jnp.ones(2))
+
+    begin_s = time.monotonic()
+    with pytest.raises(ValueError, match="no such shape"):
+        compile_all({"slow": dawdle, "bad": fail}, num_threads=2)
+    assert time.monotonic() - begin_s < 30
+    go_on.set()
 
 
 def test_the_first_error_ends_the_compilation() -> None:
