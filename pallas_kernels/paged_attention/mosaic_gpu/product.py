@@ -42,6 +42,10 @@ class Warpgroup:
         tiling = plgpu.TilingTransform((8, swizzle // itemsize))
         return plgpu.SMEM(full, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
+    def either(self, *refs: Any) -> Any:
+        """Buffers of which only one is in use at a time; the kernel gets a sequence of refs."""
+        return refs if self.interpret else plgpu.RefUnion(*refs)
+
     def full(self, shape: tuple[int, int], value: float) -> jax.Array:
         """f32[rows, columns], laid out as the result of a product."""
         return self._as(jnp.full(shape, value, jnp.float32), plgpu.Layout.WGMMA)

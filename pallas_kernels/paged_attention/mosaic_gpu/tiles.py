@@ -1,0 +1,63 @@
+"""Tile sizes of the GPU kernels by head dimension, and the configurations that are compiled without a device."""
+
+import dataclasses
+
+SHARED_MEMORY_BYTES = 232_448  # that one thread block of an H100 may have
+HEAD_DIMS = (64, 80, 96, 128, 256)
+BLOCK_SIZES = (16, 32, 64, 128, 192, 256)  # of which a tile holds several, or which hold several tiles
+DTYPES = ("bfloat16", "float16")
+MAX_GROUP = 16  # query heads a KV head
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeTiles:
+    """How the decode kernel walks keys."""
+
+    kv_tile: int  # keys a step: 64 or 128
+    stages: int  # steps whose K and V are in shared memory or on their way
+    query_stages: int = 2  # query tiles; with one, no keys of the next item are on their way at an item's end
+
+    def __post_init__(self) -> None:
+        if self.kv_tile not in (64, 128) or self.stages < 2 or self.query_stages < 1:
+            raise ValueError(f"kv_tile must be 64 or 128, stages at least 2 and query_stages at least 1, got {self}")
+
+
+# Not measured yet. One thread block fits a multiprocessor, for the sake of registers; it keeps 120 KiB or more of keys
+# and values on their way, where 3 TB/s at 0.7 us ask for 16.
+_DECODE = {
+    64: DecodeTiles(kv_tile=64, stages=8),
+    80: DecodeTiles(kv_tile=64, stages=6),
+    96: DecodeTiles(kv_tile=64, stages=5),
+    128: DecodeTiles(kv_tile=64, stages=4),
+    256: DecodeTiles(kv_tile=64, stages=2, query_stages=1),
+}
+
+
+def decode_tiles(head_dim: int) -> DecodeTiles:
+    """The tiles for a head dimension; both 16-bit types take the same."""
+    return _DECODE[head_dim]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeConfig:
+    """One program of the decode kernel that must compile for an H100."""
+
+    head_dim: int
+    block_size: int
+    group: int = 4
+    tokens_per_tile: int = 1
+    dtype: str = "bfloat16"
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+
+COMPILE_CONFIGS: tuple[DecodeConfig, ...] = (
+    *(DecodeConfig(head_dim=dim, block_size=size) for dim in HEAD_DIMS for size in (16, 64, 256)),
+    *(DecodeConfig(head_dim=dim, block_size=16, tokens_per_tile=8) for dim in HEAD_DIMS),
+    *(DecodeConfig(head_dim=128, block_size=16, group=group) for group in (1, 5, 8, 16)),
+    DecodeConfig(head_dim=128, block_size=16, group=16, tokens_per_tile=4, dtype="float16"),
+    DecodeConfig(head_dim=64, block_size=16, group=8, sliding_window=128, sinks=True),
+    DecodeConfig(head_dim=256, block_size=32, group=2, sliding_window=4096, soft_cap=50.0),
+    DecodeConfig(head_dim=256, block_size=16, tokens_per_tile=8, sliding_window=64, soft_cap=30.0, sinks=True),
+)
