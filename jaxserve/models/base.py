@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,8 +63,10 @@ class DecoderConfig:
         """Read `config.json`, old spellings and new; `CheckpointError` names a missing or impossible entry."""
         num_q_heads = _positive(config, "num_attention_heads")
         hidden_size = _positive(config, "hidden_size")
-        num_kv_heads = int(config.get("num_key_value_heads") or num_q_heads)
-        head_dim = int(config.get("head_dim") or hidden_size // num_q_heads)
+        # Transformers writes null for these two where they follow from the others.
+        given = {name: value for name, value in config.items() if value is not None}
+        num_kv_heads = _positive(given, "num_key_value_heads", default=num_q_heads)
+        head_dim = _positive(given, "head_dim", default=hidden_size // num_q_heads)
         if num_q_heads % num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
@@ -73,6 +76,8 @@ class DecoderConfig:
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
         architectures = config.get("architectures") or ["<none>"]
+        max_position_embeddings = _positive(config, "max_position_embeddings", default=2048)
+        has_window = config.get("use_sliding_window", True) and "sliding_window" in given
         return cls(
             architecture=str(architectures[0]),
             vocab_size=_positive(config, "vocab_size"),
@@ -82,21 +87,28 @@ class DecoderConfig:
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+            norm_epsilon=_positive_number(config, "rms_norm_eps", default=1e-6),
             rope=RopeConfig.from_hf(config, head_dim),
-            max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
+            max_position_embeddings=max_position_embeddings,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+            sliding_window=_positive(config, "sliding_window") if has_window else None,
         )
 
 
-def _positive(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
-    if not isinstance(value, int) or value < 1:
+def _positive(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+    value = config.get(name, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {name!r} must be a positive integer, got {value!r}")
     return value
+
+
+def _positive_number(config: Mapping[str, Any], name: str, *, default: float) -> float:
+    value = config.get(name, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json: {name!r} must be a positive number, got {value!r}")
+    return float(value)
 
 
 class CausalLM(Protocol):
