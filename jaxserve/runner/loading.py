@@ -106,7 +106,14 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
     def place(name: str, value: np.ndarray) -> jax.Array:
         return jax.device_put(value, sharding(graph.mesh, graph.axes(name)))
 
-    return load_params(checkpoint, rules, dtype=files.dtype, place=place, on_progress=on_progress)
+    return load_params(
+        checkpoint,
+        rules,
+        dtype=files.dtype,
+        place=place,
+        tie_embeddings=files.decoder.tie_embeddings,  # as hf_overrides have it
+        on_progress=on_progress,
+    )
 
 
 def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from jaxserve.weights.safetensors_files import name_list
 
 # Buffers that old checkpoints carry and nobody needs: they follow from the config.
 DEFAULT_IGNORED = (r".*rotary_emb\.inv_freq", r".*\.attn\.masked_bias", r".*\.attn\.bias")
+TIED_HEAD = r"(.*\.)?lm_head\.weight"  # some writers store the matrix twice that embedding and head share
 _READ_THREADS = 4
 _READ_AHEAD_BYTES = 64 << 20  # keeps the threads busy beside the one large matrix of a small model
 
@@ -31,16 +32,18 @@ def load_params(
     dtype: np.dtype | type,
     place: Callable[[str, np.ndarray], jax.Array],
     ignored: Sequence[str] = (),
+    tie_embeddings: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, jax.Array]:
     """Read, assemble, cast and place every parameter; all or nothing.
 
     All names and shapes are checked before the first byte is read. `place` puts one parameter on its devices and is
     called from this thread only, in the order of the rules. `ignored` are regular expressions of tensors that no rule
-    has to use, besides `DEFAULT_IGNORED`. Besides what `place` keeps, the host holds at most the largest parameter and
-    64 MiB read ahead, and their sources while one is being assembled or cast.
+    has to use, besides `DEFAULT_IGNORED` and, with `tie_embeddings`, a second copy of the embedding. Besides what
+    `place` keeps, the host holds at most the largest parameter and 64 MiB read ahead, and their sources while one is
+    being assembled or cast.
     """
-    _check(checkpoint, rules, ignored)
+    _check(checkpoint, rules, (*DEFAULT_IGNORED, *ignored, *((TIED_HEAD,) if tie_embeddings else ())))
     sizes = [math.prod(rule.param_shape) * np.dtype(dtype).itemsize for rule in rules]
     params: dict[str, jax.Array] = {}
     loaded, total = 0, sum(sizes)
@@ -60,9 +63,7 @@ def _check(checkpoint: Checkpoint, rules: Sequence[WeightRule], ignored: Sequenc
     wrong = list(_wrong_shapes(checkpoint, rules))
     if wrong:
         raise CheckpointError(f"{checkpoint.name} does not fit the model: {name_list(wrong, limit=4)}")
-    patterns = [re.compile(pattern) for pattern in (*DEFAULT_IGNORED, *ignored)]
-    if checkpoint.hf_config().get("tie_word_embeddings"):
-        patterns.append(re.compile(r"(.*\.)?lm_head\.weight"))  # some writers store the shared matrix twice
+    patterns = [re.compile(pattern) for pattern in ignored]
     surplus = sorted(name for name in names - wanted if not any(p.fullmatch(name) for p in patterns))
     if surplus:
         raise CheckpointError(
