@@ -88,7 +88,7 @@ def _middleware(state: ServerState) -> list[Middleware]:
         )
     if config.api_key:
         middleware.append(Middleware(ApiKey, keys=config.api_key))
-    middleware.append(Middleware(BodyLimit, max_body_bytes=config.max_body_bytes))
+    middleware.append(Middleware(BodyLimit, max_body_bytes=config.max_body_bytes, timeout_s=config.body_timeout_s))
     return middleware
 
 

@@ -30,6 +30,18 @@ class BodyTooLargeError(RequestError):
         )
 
 
+class BodyTimeoutError(RequestError):
+    """The request's body did not arrive in time."""
+
+    status = 408
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(
+            f"the request body did not arrive within {timeout_s:g} s; send it faster, or raise server.body_timeout_s",
+            code="body_timeout",
+        )
+
+
 class ContentTypeError(RequestError):
     """The request's body is not said to be JSON."""
 
@@ -83,7 +95,7 @@ def error_reply(error: RequestError) -> Response:
         headers["retry-after"] = str(getattr(error, "retry_after_s", RETRY_AFTER_S))
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.status == 413:
+    if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is still on its way
     return JSONReply(error_body(error), status_code=error.status, headers=headers)
 

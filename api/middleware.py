@@ -12,7 +12,14 @@ from collections.abc import Iterable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import BodyTooLargeError, JSONReply, RequestAbortedError, error_reply, internal_error_body
+from api.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    JSONReply,
+    RequestAbortedError,
+    error_reply,
+    internal_error_body,
+)
 from api.state import ServerState
 from api.to_engine import is_request_id
 from jaxserve.errors import AuthenticationError
@@ -109,11 +116,12 @@ def _route_path(scope: Scope) -> str:
 
 
 class BodyLimit:
-    """Refuses bodies larger than `max_body_bytes`, told by their length or counted as they come."""
+    """Refuses bodies larger than `max_body_bytes`, told by their length or counted as they come, and slow ones."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -124,11 +132,18 @@ class BodyLimit:
             await error_reply(BodyTooLargeError(self._max_body_bytes))(scope, receive, send)
             return
         num_bytes = 0
+        deadline_s: float | None = asyncio.get_running_loop().time() + self._timeout_s  # None: the body is there
 
         async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, deadline_s
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeoutError(self._timeout_s) from None
             if message["type"] == "http.request":
+                if not message.get("more_body", False):
+                    deadline_s = None
                 num_bytes += len(message.get("body", b""))
                 if num_bytes > self._max_body_bytes:
                     raise BodyTooLargeError(self._max_body_bytes)

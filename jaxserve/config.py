@@ -135,6 +135,7 @@ class ServerSettings(_Settings):
         default="", pattern=r"^(/.*[^/])?$", description="Path prefix under which a proxy serves this."
     )
     max_body_bytes: Bytes = Field(default=16 * 1024**2, description="Largest request body, such as 16MiB.")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="Seconds to send a request's body in, or HTTP 408.")
     shutdown_timeout_s: float = Field(default=30.0, ge=0, description="Seconds that running requests get to finish.")
     metrics_prefix: str = Field(
         default="jaxserve:", pattern=r"^([a-zA-Z_:][a-zA-Z0-9_:]*)?$", description="Before metric names."

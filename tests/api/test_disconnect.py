@@ -7,6 +7,7 @@ import socket
 
 import pytest
 
+from jaxserve.config import ServerSettings
 from tests.api.live_server import running
 from tests.fakes import FakeEngine
 
@@ -66,6 +67,27 @@ def test_hanging_up_while_sending_the_body_leaves_nothing(eventually) -> None:
         connection.close()
         eventually(lambda: live.server._state.in_flight.num_http == 0)
         assert not live.engine.calls
+
+
+def test_a_body_that_does_not_arrive_in_time_ends_the_connection() -> None:
+    config = ServerSettings(port=0, shutdown_timeout_s=0, body_timeout_s=0.3)
+    with running(FakeEngine(), config) as live:
+        connection = socket.create_connection(("127.0.0.1", live.port), timeout=10)
+        connection.sendall(head("/v1/completions", 1000) + b'{"model": "fa')
+        reply = b"".join(iter(lambda: connection.recv(65536), b""))  # to its end: the server hangs up
+        connection.close()
+        assert reply.startswith(b"HTTP/1.1 408")
+        error = json.loads(reply.partition(b"\r\n\r\n")[2])["error"]
+        assert error["code"] == "body_timeout"
+        assert "did not arrive within 0.3 s" in error["message"]
+
+
+def test_an_answer_may_take_longer_than_a_body() -> None:
+    config = ServerSettings(port=0, shutdown_timeout_s=0, body_timeout_s=0.2)
+    with running(FakeEngine(step_s=0.15), config) as live:
+        connection = connect(live.port, "/v1/completions", prompt="a", max_tokens=4)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.close()
 
 
 def test_an_answer_that_ended_aborts_nothing() -> None:
