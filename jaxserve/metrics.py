@@ -27,6 +27,7 @@ _REQUEST_BUCKETS_S = (
     *(40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
 )
 _HTTP_BUCKETS_S = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_ITERATION_BUCKETS = (1, *(2**power for power in range(3, 15)))  # tokens
 _N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 
@@ -60,6 +61,9 @@ class ServerMetrics:
         self.prompt_tokens_cached = self._counter("prompt_tokens_cached", "Of these, found in the prefix cache.")
         self.generation_tokens = self._counter("generation_tokens", "Generated tokens.")
 
+        self.iteration_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed in a step, over all requests.", _ITERATION_BUCKETS
+        )
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From arrival to the first token.", _TTFT_BUCKETS_S
         )

@@ -83,6 +83,8 @@ class EngineProcess:
         self._send_lock = threading.Lock()  # progress may come from the core's compile threads
         self._stats_time_s = 0.0
         self._is_stopping = False
+        self._num_computed_tokens = 0  # at the last step
+        self._step_sizes: list[int] = []  # of steps that no message has told of
         self._core: Core
 
     def start(self) -> None:
@@ -101,7 +103,9 @@ class EngineProcess:
             while not self._is_stopping:
                 self._receive(timeout_ms=0 if self._core.has_unfinished else IDLE_POLL_MS)
                 if self._core.has_unfinished:
-                    self._send_outputs(self._core.step())
+                    deltas = self._core.step()
+                    self._note_step_size()
+                    self._send_outputs(deltas)
         finally:
             self._core.shutdown()
 
@@ -141,7 +145,14 @@ class EngineProcess:
         if is_due:
             self._stats_time_s = now_s
         if deltas or is_due:
-            self.send(wire.StepOutputs(deltas, self._core.stats() if is_due else None))
+            self.send(wire.StepOutputs(deltas, self._core.stats() if is_due else None, self._step_sizes))
+            self._step_sizes = []
+
+    def _note_step_size(self) -> None:
+        num_computed_tokens = self._core.stats().num_computed_tokens
+        if num_computed_tokens > self._num_computed_tokens:
+            self._step_sizes.append(num_computed_tokens - self._num_computed_tokens)
+            self._num_computed_tokens = num_computed_tokens
 
     def send(self, message: wire.FromEngine) -> None:
         """Hand a message to the socket; any thread may."""

@@ -206,8 +206,10 @@ class ProcessEngineClient:
 
     def _on_message(self, message: wire.FromEngine) -> None:
         match message:
-            case wire.StepOutputs(deltas, stats):
+            case wire.StepOutputs(deltas, stats, step_sizes):
                 self._abort_sequences(self._live.push(deltas))
+                for num_tokens in step_sizes:
+                    self.metrics.iteration_tokens.observe(num_tokens)
                 if stats is not None:
                     self.metrics.set_engine_stats(stats)
             case wire.Rejected(sequence_ids, error):

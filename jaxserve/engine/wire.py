@@ -105,6 +105,7 @@ class StepOutputs(_Message):
 
     deltas: list[TokenDelta]
     stats: EngineStats | None = None
+    step_sizes: list[int] = []  # tokens computed, of each step planned since the last message
 
 
 class Rejected(_Message):

@@ -83,7 +83,10 @@ class FakeCore:
 
     def stats(self) -> EngineStats:
         return EngineStats(
-            num_running=len(self._requests), kv_cache_usage=len(self._requests) / 100, num_steps=self._num_steps
+            num_running=len(self._requests),
+            kv_cache_usage=len(self._requests) / 100,
+            num_steps=self._num_steps,
+            num_computed_tokens=3 * self._num_steps,
         )
 
     def reset_prefix_cache(self) -> bool:

@@ -25,6 +25,7 @@ VLLM_NAMES = [
     "request_generation_tokens_bucket",
     "request_max_num_generation_tokens_bucket",
     "request_params_n_bucket",
+    "iteration_tokens_total_bucket",
     "request_params_max_tokens_bucket",
     "time_to_first_token_seconds_bucket",
     "inter_token_latency_seconds_bucket",

@@ -250,6 +250,8 @@ async def test_the_metrics_follow_the_requests(fake_client):
     assert f"jaxserve:time_to_first_token_seconds_count{{{labels}}} 1.0" in text
     assert 'jaxserve:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 1.0' in text
     assert "jaxserve:cache_config_info" in text
+    assert f"jaxserve:iteration_tokens_total_count{{{labels}}} 5.0" in text
+    assert f"jaxserve:iteration_tokens_total_sum{{{labels}}} 15.0" in text  # the fake's steps have three tokens each
 
 
 async def wait_for(condition, timeout_s=5.0):
