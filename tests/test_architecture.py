@@ -31,6 +31,7 @@ VOCABULARY = (
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve": (),  # the package's own module: lazy names alone
     **dict.fromkeys(VOCABULARY, ()),
+    "jaxserve.__main__": ("jaxserve.cli.main",),
     "jaxserve.cli": PACKAGES,
     "jaxserve.bench": PACKAGES,
     "jaxserve.llm": ("jaxserve.engine", "jaxserve.tokenizer"),

@@ -155,6 +155,12 @@ def test_collect_env_names_versions_and_devices(run):
     assert facts["devices"]
 
 
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "jaxserve", "--help"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Serve language models with JAX" in done.stdout
+
+
 def test_help_comes_without_importing_the_engine():
     code = """
 import sys
