@@ -68,6 +68,7 @@ def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, I
         max_num_seqs=num_running,
         max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, num_running),
         max_model_len=max_model_len,
+        max_queued_requests=num_running,
     )
     blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
     pool = BlockPool(num_running * blocks_per_seq + 1, BLOCK_SIZE)

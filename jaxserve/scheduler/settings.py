@@ -19,7 +19,7 @@ class SchedulerSettings:
     max_num_batched_tokens: int = 2048  # the token budget of a step
     max_model_len: int  # tokens, prompt and answer together
     policy: Policy = "fcfs"  # "priority": lower `priority` first, then arrival
-    max_queued_requests: int = 4096  # waiting requests beyond which new ones are refused
+    max_queued_requests: int  # waiting requests beyond which new ones are refused
     long_prefill_token_threshold: int = 0  # most tokens a step takes of one request; 0: as many as the budget allows
 
     def __post_init__(self) -> None:

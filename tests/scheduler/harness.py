@@ -20,7 +20,7 @@ class Harness:
     def __init__(
         self, *, num_blocks: int = 64, block_size: int = 4, prefix_cache: bool = True, depth: int = 1, **settings
     ) -> None:
-        defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128}
+        defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128, "max_queued_requests": 1000}
         self.settings = SchedulerSettings(**(defaults | settings))
         self.pool = BlockPool(num_blocks, block_size)
         self.cache = PrefixCache(self.pool) if prefix_cache else None

@@ -240,7 +240,7 @@ def test_a_full_queue_refuses():
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(field, value):
-    fields = {"max_num_seqs": 4, "max_model_len": 16} | {field: value}
+    fields = {"max_num_seqs": 4, "max_model_len": 16, "max_queued_requests": 9} | {field: value}
     with pytest.raises(ConfigError, match=f"scheduler.{field}"):
         SchedulerSettings(**fields)
 
