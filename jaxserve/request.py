@@ -78,18 +78,3 @@ class Request:
     @property
     def is_finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
-
-    @classmethod
-    def from_engine_request(cls, request: EngineRequest) -> Request:
-        """The scheduler's own record of a request that came in."""
-        return cls(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            sampling_params=request.sampling_params,
-            eos_token_ids=frozenset(request.eos_token_ids),
-            priority=request.priority,
-            arrival_time_s=request.arrival_time_s,
-            cache_salt=request.cache_salt,
-            adapter=request.adapter,
-            token_ids=list(request.prompt_token_ids),
-        )

@@ -84,7 +84,11 @@ def _draw_from_all(
     draws: Bool[Array, " rows"],
     greedy: Int[Array, " rows"],
 ) -> Int[Array, " rows"]:
-    """Rows without a small top_k. A pass over the vocabulary, and for top_p < 1 about 1 / top_p more."""
+    """Rows without a small top_k. One pass over the vocabulary, or with top_p < 1 one a draw and one more.
+
+    A draw leaves the mass before the drawn token, a uniform part of what was left, until that is below top_p: about
+    1 + ln(1 / top_p) draws on average. The row that needs most decides. `_kth_largest` adds its own passes.
+    """
     ranked = draws & (inputs.top_k > MAX_CANDIDATES) & (inputs.top_k < vocabulary.size)
     floor = _logit_floor(vocabulary, inputs)
     kth = lax.cond(ranked.any(), lambda: _kth_largest(vocabulary, inputs.top_k, ranked), lambda: floor)

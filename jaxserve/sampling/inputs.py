@@ -176,7 +176,7 @@ class SlotParameters:
     _floats: np.ndarray = field(init=False)  # f32[slots, 6]
     _levels: np.ndarray = field(init=False)  # i8[slots], index into VARIANTS but for min_tokens
     _rules: LogitRules = field(init=False)
-    _gathered: tuple[bytes, int, LogitRules] | None = field(init=False, default=None)  # slots, rows, their rules
+    _gathered: tuple[bytes, LogitRules] | None = field(init=False, default=None)  # slots, their rules
 
     def __post_init__(self) -> None:
         slots = self.max_num_seqs + 1
@@ -224,8 +224,8 @@ class SlotParameters:
             rules = jax.tree.map(lambda table: table[slots], self._rules)
             if self.sharding is not None:
                 rules = jax.device_put(rules, self.sharding)
-            self._gathered = (key, len(slots), rules)
-        return self._gathered[2]
+            self._gathered = (key, rules)
+        return self._gathered[1]
 
     def _set_rules(self, slot: int, params: SamplingParams, stop_token_ids: list[int]) -> None:
         if len(stop_token_ids) > MAX_MASKED_STOP_IDS:

@@ -7,21 +7,23 @@ from hypothesis import strategies as st
 
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache, extend_block_hashes, root_hash
-from jaxserve.request import EngineRequest, Request
+from jaxserve.request import Request
 from jaxserve.sampling_params import SamplingParams
 
 BLOCK_SIZE = 4
 
 
 def make(token_ids: list[int], *, cache_salt: str | None = None, adapter: str | None = None) -> Request:
-    return Request.from_engine_request(
-        EngineRequest(
-            request_id="a",
-            prompt_token_ids=token_ids,
-            sampling_params=SamplingParams(),
-            cache_salt=cache_salt,
-            adapter=adapter,
-        )
+    return Request(
+        request_id="a",
+        prompt_token_ids=token_ids,
+        sampling_params=SamplingParams(),
+        eos_token_ids=frozenset(),
+        priority=0,
+        arrival_time_s=0.0,
+        cache_salt=cache_salt,
+        adapter=adapter,
+        token_ids=list(token_ids),
     )
 
 
