@@ -1,6 +1,5 @@
 """`jaxserve serve` from start to end, with a fake engine core in a real engine process."""
 
-import json
 import os
 import signal
 import socket
@@ -13,8 +12,6 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.bench.http_client import BenchClient
 from jaxserve.bench.serving import Load, measure_server
@@ -30,20 +27,6 @@ from jaxserve.cli.serve import run_server
 from jaxserve.config import load_config
 run_server(load_config(sys.argv[1], environ={}), core="tests.engine.fake_core:FakeCore")
 """
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> str:
-    """A folder with a tokenizer of 256 byte tokens."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    return str(folder)
 
 
 @contextmanager

@@ -1,13 +1,10 @@
-"""A tiny model folder and clients over the fake core, for the tests of this folder."""
+"""Clients over the fake core, for the tests of this folder."""
 
 from __future__ import annotations
 
-import json
 from contextlib import asynccontextmanager
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
 
 from jaxserve.config import Config, config_from_values
 from jaxserve.engine.process_client import ProcessEngineClient
@@ -15,20 +12,6 @@ from jaxserve.tokenizer.tokenizer import Tokenizer
 
 EOS = 256
 FAKE_CORE = "tests.engine.fake_core:FakeCore"
-
-
-@pytest.fixture(scope="session")
-def model_dir(tmp_path_factory) -> str:
-    """A folder with a tokenizer of 256 byte tokens and an end-of-sequence token."""
-    folder = tmp_path_factory.mktemp("tiny-model")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = tokenizers.Tokenizer(models.BPE({character: i for i, character in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(["</s>"])
-    backend.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
