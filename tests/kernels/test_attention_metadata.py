@@ -106,3 +106,17 @@ def test_common_chunks_are_whole_and_leave_each_row_a_position_of_its_own() -> N
     assert common([320], [0]) == 0
     tables[2, 0] = 50
     assert common([300, 310, 320], [0, 1, 2]) == 0
+
+
+def test_common_chunks_are_those_that_the_tokens_of_all_rows_see_whole() -> None:
+    def common(rows: list[tuple[int, int]], tables: np.ndarray) -> int:
+        query_lens, kv_lens = [new for _, new in rows], [computed + new for computed, new in rows]
+        return int(build(query_lens, kv_lens, tables, geometry=geometry(16)).plan.num_common_chunks)
+
+    tables = np.tile(np.arange(1, 41, dtype=np.int32), (2, 1))
+    tables[1, 20:] += 100
+    assert common([(300, 34), (310, 1)], tables) == 2
+    assert common([(255, 34), (310, 1)], tables) == 1, "the first token does not see the second chunk whole"
+    assert common([(0, 34), (310, 1)], tables) == 0
+    assert common([(256, 200)], tables[:1]) == 2, "a long prompt walks what it has computed once for all its tiles"
+    assert common([(256, 1)], tables[:1]) == 0

@@ -1,9 +1,10 @@
-"""Paged attention in plain XLA, shaped for XLA:CPU: two loops with trip counts of the batch at hand.
+"""Paged attention in plain XLA, shaped for XLA:CPU: three loops with trip counts of the batch at hand.
 
+Common: the chunks that all rows begin with, walked by all tokens together: a dense product a chunk.
 Decode: rows of one token, sorted by length, in groups of DECODE_GROUP; each group walks its rows' keys in chunks.
 Prefill: tiles of up to QUERY_TILE tokens of one row, one after the other; each walks its row's keys in chunks.
 
-Both keep a running maximum, sum and output (online softmax), so nothing has the size of the context, and no shape
+All keep a running maximum, sum and output (online softmax), so nothing has the size of the context, and no shape
 depends on it. A chunk is gathered slot by slot, from slots that are known for the whole step (`slots`): positions that
 a row does not see have the slot of the nearest one it sees, so that unwritten slots are never read, and are masked.
 
@@ -19,11 +20,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.numerics import MASKED, from_storage
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
-from pallas_kernels.paged_attention.xla.plan import DECODE_CHUNK, DECODE_GROUP, QUERY_TILE, XlaPlan
-from pallas_kernels.paged_attention.xla.slots import decode_slots, row_slots
+from pallas_kernels.paged_attention.xla.plan import CHUNK, DECODE_GROUP, QUERY_TILE, XlaPlan
+from pallas_kernels.paged_attention.xla.slots import common_slots, decode_slots, row_slots
 
-_MIN_SHARING = 8  # decodes in a group from which a walk over common chunks pays for its code
-_PREFILL_CHUNK = 128  # positions, a power of two
+_MIN_SHARING = 8  # tokens in a bucket from which a walk over common chunks pays for its code
 
 
 class _Running(NamedTuple):
@@ -95,30 +95,70 @@ def paged_attention(
     width = kv_heads * head_dim
     pools = _Pools(k_pool.reshape(-1, width), v_pool.reshape(-1, width), block_size, kv_heads)
     scoring = _Scoring(scale, sliding_window, soft_cap, sinks)
-    decoded = _decode(q, pools, metadata, scoring)
-    if plan.tile_tokens.shape[0]:
-        out = _prefill(q, decoded, pools, metadata, scoring)
+    has_tiles = plan.tile_tokens.shape[0] > 0
+    # A tile may reach past the last token.
+    common = _common(jnp.pad(q, ((0, QUERY_TILE if has_tiles else 0), (0, 0), (0, 0))), pools, metadata, scoring)
+    decoded = _decode(q, common, pools, metadata, scoring)
+    if has_tiles:
+        out = _prefill(q, common, decoded, pools, metadata, scoring)
     else:
         out = jnp.pad(decoded, ((0, 1), (0, 0), (0, 0)))
     return _take(out, plan.output_rows).astype(q.dtype)
 
 
-def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
+class _Common(NamedTuple):
+    """All tokens' queries, heads first, and what they saw in the common chunks."""
+
+    q: jax.Array  # [q_heads, tokens, head_dim]
+    seen: _Running  # [q_heads, tokens]
+    num_chunks: jax.Array | None  # i32[]; None: the program has no such walk
+
+
+def _common(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> _Common:
+    """Walks the chunks that all rows share, each read once for all tokens (cascade inference, Ye et al. 2024).
+
+    They may be a prefix that requests have in common, or what one long prompt has already computed.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads = pools.kv_heads
+    q = q.swapaxes(0, 1)
+    # `out` counts for nothing while `top` is MASKED: any finite values will do, and these are at hand.
+    nothing = _Running(*_nothing_seen((heads, tokens), head_dim)[:2], q.astype(jnp.float32))
+    if scoring.sliding_window is not None or tokens < _MIN_SHARING:
+        return _Common(q, nothing, None)
+    num_chunks = metadata.plan.num_common_chunks
+    slots_of = common_slots(metadata, block_size=pools.block_size, chunk=CHUNK)
+    queries = q.reshape(kv_heads, -1, head_dim)  # [kv_heads, group * tokens, head_dim]
+
+    def step(chunk: jax.Array, running: _Running) -> _Running:
+        slots = _slice(slots_of, chunk * CHUNK, CHUNK)
+        keys = pools.fetch(pools.k, slots).reshape(-1, kv_heads, head_dim)
+        values = pools.fetch(pools.v, slots).reshape(-1, kv_heads, head_dim)
+        scores = scoring(_dot(queries.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1)))
+        return _accumulate(running, scores.reshape(heads, tokens, CHUNK), values, value_axes=(0, 1))
+
+    return _Common(q, jax.lax.fori_loop(0, num_chunks, step, nothing), num_chunks)
+
+
+def _decode(q: jax.Array, common: _Common, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring) -> jax.Array:
     """f32[decodes, q_heads, head_dim]; anything past num_decodes."""
     plan: XlaPlan = metadata.plan
     q = _take(q, plan.decode_tokens)
     decodes = q.shape[0]
     group = min(DECODE_GROUP, decodes)
-    window = scoring.sliding_window
-    slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=DECODE_CHUNK, sliding_window=window)
-    common = plan.num_common_chunks if window is None and group >= _MIN_SHARING else None
+    slots_of = decode_slots(metadata, block_size=pools.block_size, chunk=CHUNK, sliding_window=scoring.sliding_window)
+    seen = None
+    if common.num_chunks is not None:
+        seen = _Running(*(_take(x.swapaxes(0, 1), plan.decode_tokens) for x in common.seen))  # [decodes, q_heads]
     if group == decodes:
-        return _decode_group(q, pools, slots_of, plan.decode_lens, jnp.int32(0), common, scoring)
+        return _decode_group(q, seen, common.num_chunks, pools, slots_of, plan.decode_lens, jnp.int32(0), scoring)
 
     def attend(index: jax.Array, out: jax.Array) -> jax.Array:
         start = index * group
         queries, lens = _slice(q, start, group), _slice(plan.decode_lens, start, group)
-        return _update(out, _decode_group(queries, pools, slots_of, lens, start, common, scoring), start)
+        part = None if seen is None else _Running(*(_slice(x, start, group) for x in seen))
+        attended = _decode_group(queries, part, common.num_chunks, pools, slots_of, lens, start, scoring)
+        return _update(out, attended, start)
 
     num_groups = jax.lax.div(plan.num_decodes + (group - 1), jnp.int32(group))
     # Zeros would do as well, but XLA lifts constants of all layers to the start of the step and keeps them there.
@@ -127,70 +167,37 @@ def _decode(q: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _
 
 def _decode_group(
     q: jax.Array,  # [rows, q_heads, head_dim]
+    seen: _Running | None,  # [rows, q_heads], of the common chunks
+    num_common: jax.Array | None,  # i32[]
     pools: _Pools,
     slots_of: jax.Array,  # i32[decodes, positions]
     lens: jax.Array,  # i32[rows], falling
     start: jax.Array,  # i32[], the group's first decode row
-    common: jax.Array | None,  # i32[], chunks that all rows begin with
     scoring: _Scoring,
 ) -> jax.Array:
-    """f32[rows, q_heads, head_dim]; each row walks its own chunks, after those that the rows walk together."""
+    """f32[rows, q_heads, head_dim]; each row walks its own chunks, after those that all tokens walked together."""
     rows, heads, head_dim = q.shape
     spread = _spread_heads(q, pools.kv_heads)
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
-        first = chunk * DECODE_CHUNK
-        slots = _slice(slots_of, (start, first), (rows, DECODE_CHUNK))
+        first = chunk * CHUNK
+        slots = _slice(slots_of, (start, first), (rows, CHUNK))
         keys = pools.fetch(pools.k, slots)  # [rows, chunk, width]
         products = _dot(keys, spread.astype(keys.dtype), contract=(2, 2), batch=(0, 0))  # [rows, chunk, q_heads]
         # Without the barrier XLA folds the transpose into the product, which then repacks the keys.
         scores = scoring(jax.lax.optimization_barrier(products).swapaxes(1, 2))
-        visible = scoring.visible(lens[:, None] - 1, first + jnp.arange(DECODE_CHUNK, dtype=jnp.int32))
+        visible = scoring.visible(lens[:, None] - 1, first + jnp.arange(CHUNK, dtype=jnp.int32))
         scores = jnp.where(visible[:, None], scores, MASKED)
         return _accumulate(running, scores, pools.fetch(pools.v, slots), value_axes=(1, 0))
 
     shortest = jnp.min(jnp.where(lens > 0, lens, lens[0]))  # padding must not stretch a window to 0
-    low, high = _chunk_range(scoring.first_visible(shortest - 1), lens[0], DECODE_CHUNK)
-    low = low if common is None else common
+    low, high = _chunk_range(scoring.first_visible(shortest - 1), lens[0], CHUNK)
+    low = low if num_common is None else num_common
     running = jax.lax.fori_loop(low, high, step, _nothing_seen((rows, heads), pools.k.shape[1]))
     spread_out = running.out.reshape(rows, pools.kv_heads, -1, pools.kv_heads, head_dim)
     own = [spread_out[:, head, :, head] for head in range(pools.kv_heads)]  # the rest are other heads' values
     alone = running._replace(out=jnp.stack(own, axis=1).reshape(q.shape))
-    if common is not None:
-        alone = _merge(alone, _decode_common(q, pools, slots_of, start, common, scoring))
-    return scoring.finish(alone, scoring.sinks)
-
-
-def _decode_common(
-    q: jax.Array,  # [rows, q_heads, head_dim]
-    pools: _Pools,
-    slots_of: jax.Array,  # i32[decodes, positions]
-    start: jax.Array,  # i32[]
-    num_chunks: jax.Array,  # i32[]
-    scoring: _Scoring,
-) -> _Running:
-    """The first `num_chunks` chunks, which lie in the same slots for all rows: read once, one dense product a chunk.
-
-    For requests that share a long prefix (cascade inference, Ye et al. 2024).
-    """
-    rows, heads, head_dim = q.shape
-    kv_heads = pools.kv_heads
-    queries = q.reshape(rows, kv_heads, -1, head_dim).swapaxes(0, 1).reshape(kv_heads, -1, head_dim)
-
-    def step(chunk: jax.Array, running: _Running) -> _Running:
-        slots = _slice(slots_of, (start, chunk * DECODE_CHUNK), (1, DECODE_CHUNK)).reshape(-1)
-        keys = pools.fetch(pools.k, slots).reshape(-1, kv_heads, head_dim)
-        values = pools.fetch(pools.v, slots).reshape(-1, kv_heads, head_dim)
-        scores = scoring(_dot(queries.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1)))
-        return _accumulate(running, scores, values, value_axes=(0, 1))
-
-    nothing = _nothing_seen((kv_heads, queries.shape[1]), head_dim)
-    running = jax.lax.fori_loop(0, num_chunks, step, nothing)
-
-    def by_row(x: jax.Array) -> jax.Array:  # [kv_heads, rows * group, ...] -> [rows, q_heads, ...]
-        return x.reshape(kv_heads, rows, -1, *x.shape[2:]).swapaxes(0, 1).reshape(rows, heads, *x.shape[2:])
-
-    return _Running(by_row(running.top), by_row(running.total), by_row(running.out))
+    return scoring.finish(alone if seen is None else _merge(alone, seen), scoring.sinks)
 
 
 def _merge(a: _Running, b: _Running) -> _Running:
@@ -202,33 +209,34 @@ def _merge(a: _Running, b: _Running) -> _Running:
 
 
 def _prefill(
-    q: jax.Array, decoded: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring
+    q: jax.Array, common: _Common, decoded: jax.Array, pools: _Pools, metadata: AttentionMetadata, scoring: _Scoring
 ) -> jax.Array:
     """f32[decodes + 1 + tokens + QUERY_TILE, q_heads, head_dim]: `decoded`, one row of zeros, then each token's result.
 
     A tile writes QUERY_TILE tokens however many it has: later tiles, whose tokens follow, set right what is theirs.
     """
     plan: XlaPlan = metadata.plan
-    heads, head_dim = q.shape[1:]
-    window = scoring.sliding_window
-    slots_of = row_slots(metadata, block_size=pools.block_size, chunk=_PREFILL_CHUNK, sliding_window=window)
-    q = jnp.pad(q, ((1, QUERY_TILE), (0, 0), (0, 0)))  # a tile may reach past the last token
+    slots_of = row_slots(metadata, block_size=pools.block_size, chunk=CHUNK, sliding_window=scoring.sliding_window)
 
     def attend(tile: jax.Array, out: jax.Array) -> jax.Array:
         token, row, start, length = (
             _scalar(x, tile) for x in (plan.tile_tokens, plan.tile_rows, plan.tile_positions, plan.tile_lens)
         )
-        queries = _slice(q, token + 1, QUERY_TILE)
-        queries = queries.reshape(QUERY_TILE, pools.kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
-        attended = _prefill_tile(queries, pools, slots_of, row, start, length, scoring)
-        attended = attended.transpose(2, 0, 1, 3).reshape(QUERY_TILE, heads, head_dim)
-        return _update(out, attended, token + (decoded.shape[0] + 1))
 
-    return jax.lax.fori_loop(0, plan.num_tiles, attend, jnp.concatenate([decoded, q.astype(jnp.float32)]))
+        def cut(x: jax.Array) -> jax.Array:  # [q_heads, tokens, ...] -> [q_heads, QUERY_TILE, ...]
+            return _slice(x, (jnp.int32(0), token), (x.shape[0], QUERY_TILE))
+
+        seen = _Running(*(cut(x) for x in common.seen))
+        tile_of = common._replace(q=cut(common.q), seen=seen)
+        attended = _prefill_tile(tile_of, pools, slots_of, row, start, length, scoring)
+        return _update(out, attended.swapaxes(0, 1), token + (decoded.shape[0] + 1))
+
+    room = jnp.pad(q.astype(jnp.float32), ((1, QUERY_TILE), (0, 0), (0, 0)))
+    return jax.lax.fori_loop(0, plan.num_tiles, attend, jnp.concatenate([decoded, room]))
 
 
 def _prefill_tile(
-    q: jax.Array,  # [kv_heads, group, QUERY_TILE, head_dim]
+    tile: _Common,  # of QUERY_TILE tokens
     pools: _Pools,
     slots_of: jax.Array,  # i32[rows, positions]
     row: jax.Array,  # i32[]
@@ -236,28 +244,30 @@ def _prefill_tile(
     length: jax.Array,  # i32[], queries
     scoring: _Scoring,
 ) -> jax.Array:
-    """f32[kv_heads, group, QUERY_TILE, head_dim]; anything for queries past `length`."""
-    kv_heads, group, _, head_dim = q.shape
+    """f32[q_heads, QUERY_TILE, head_dim]; anything for queries past `length`."""
+    heads, _, head_dim = tile.q.shape
+    kv_heads = pools.kv_heads
     query_positions = start + jnp.arange(QUERY_TILE, dtype=jnp.int32)
-    flat_q = q.reshape(kv_heads, group * QUERY_TILE, head_dim)
+    flat_q = tile.q.reshape(kv_heads, -1, head_dim)  # [kv_heads, group * QUERY_TILE, head_dim]
 
     def fetch(pool: jax.Array, slots: jax.Array) -> jax.Array:
         return pools.fetch(pool, slots).reshape(-1, kv_heads, head_dim)  # [chunk, kv_heads, head_dim]
 
     def step(chunk: jax.Array, running: _Running) -> _Running:
-        first = chunk * _PREFILL_CHUNK
-        slots = _slice(slots_of, (row, first), (1, _PREFILL_CHUNK))[0]
+        first = chunk * CHUNK
+        slots = _slice(slots_of, (row, first), (1, CHUNK))[0]
         keys = fetch(pools.k, slots)
         products = _dot(flat_q.astype(keys.dtype), keys, contract=(2, 2), batch=(0, 1))
-        scores = scoring(products.reshape(kv_heads * group, QUERY_TILE, _PREFILL_CHUNK))
-        visible = scoring.visible(query_positions[:, None], first + jnp.arange(_PREFILL_CHUNK, dtype=jnp.int32))
+        scores = scoring(products.reshape(heads, QUERY_TILE, CHUNK))
+        visible = scoring.visible(query_positions[:, None], first + jnp.arange(CHUNK, dtype=jnp.int32))
         scores = jnp.where(visible, scores, MASKED)
         return _accumulate(running, scores, fetch(pools.v, slots), value_axes=(0, 1))
 
-    chunks = _chunk_range(scoring.first_visible(start), start + length, _PREFILL_CHUNK)
-    running = jax.lax.fori_loop(*chunks, step, _nothing_seen((kv_heads * group, QUERY_TILE), head_dim))
+    low, high = _chunk_range(scoring.first_visible(start), start + length, CHUNK)
+    low = low if tile.num_chunks is None else tile.num_chunks
+    running = jax.lax.fori_loop(low, high, step, tile.seen)
     sinks = None if scoring.sinks is None else scoring.sinks[:, None]  # [q_heads, 1]
-    return scoring.finish(running, sinks).reshape(q.shape)
+    return scoring.finish(running, sinks)
 
 
 # Indices below are never negative, and say so: XLA would otherwise wrap each of them.

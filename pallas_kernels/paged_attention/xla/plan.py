@@ -13,7 +13,7 @@ from pallas_kernels.paged_attention.geometry import AttentionGeometry, padded
 QUERY_TILE = 64  # tokens of one sequence that share one walk over its keys
 DECODE_GROUP = 16  # decodes (tokens that walk their keys alone) that are computed together
 MAX_ALONE_TOKENS = 64  # up to this bucket every token is a decode: half the program, and short prompts gain by it
-DECODE_CHUNK = 128  # positions that decodes walk at a time
+CHUNK = 128  # positions that are walked at a time; a power of two
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class XlaPlan:
     decode_rows: jax.Array  # i32[decodes], the row of each
     decode_lens: jax.Array  # i32[decodes], the positions it sees were there no window, 0 past num_decodes
     num_decodes: jax.Array  # i32[]
-    num_common_chunks: jax.Array  # i32[], leading chunks of DECODE_CHUNK positions whose slots all decodes share
+    num_common_chunks: jax.Array  # i32[], leading chunks that all tokens see whole, and in the same slots
     tile_tokens: jax.Array  # i32[tiles], first token of up to QUERY_TILE tokens of one row
     tile_rows: jax.Array  # i32[tiles]
     tile_positions: jax.Array  # i32[tiles], position of the first token in its sequence
@@ -115,7 +115,7 @@ def build_plan(
         "decode_rows": padded(decode_rows[longest_first], decodes),
         "decode_lens": padded(decode_lens[longest_first], decodes),
         "num_decodes": np.asarray(len(decode_tokens), np.int32),
-        "num_common_chunks": _num_common_chunks(block_tables, decode_rows, decode_lens, geometry.block_size),
+        "num_common_chunks": _num_common_chunks(block_tables, query_lens, kv_lens, geometry.block_size),
         "tile_tokens": padded(starts[tile_rows] + first_queries, tiles),
         "tile_rows": padded(tile_rows, tiles),
         "tile_positions": padded((kv_lens - query_lens)[tile_rows] + first_queries, tiles),
@@ -127,16 +127,15 @@ def build_plan(
 
 
 def _num_common_chunks(
-    block_tables: np.ndarray, decode_rows: np.ndarray, decode_lens: np.ndarray, block_size: int
+    block_tables: np.ndarray, query_lens: np.ndarray, kv_lens: np.ndarray, block_size: int
 ) -> np.ndarray:
-    """How many whole chunks all decodes begin with in the same blocks; each keeps a position of its own after them."""
-    if len(decode_rows) < 2:
+    """How many whole chunks all rows begin with in the same blocks, all of them before this step's tokens."""
+    if query_lens.sum() < 2:
         return np.zeros((), np.int32)
-    limit = int(decode_lens.min()) - 1
-    tables = block_tables[decode_rows, : limit // block_size]
+    tables = block_tables[:, : int((kv_lens - query_lens).min()) // block_size]
     differs = (tables != tables[0]).any(0)
     num_blocks = int(differs.argmax()) if differs.any() else tables.shape[1]
-    return np.asarray(num_blocks * block_size // DECODE_CHUNK, np.int32)
+    return np.asarray(num_blocks * block_size // CHUNK, np.int32)
 
 
 def _tiles(query_lens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,11 @@ def row_slots(metadata: AttentionMetadata, *, block_size: int, chunk: int, slidi
     return _slots(metadata.block_tables, firsts, metadata.kv_lens, block_size, chunk)
 
 
+def common_slots(metadata: AttentionMetadata, *, block_size: int, chunk: int) -> jax.Array:
+    """i32[positions in whole chunks]: of the first row, whose leading chunks may be all rows'."""
+    return _slots(metadata.block_tables[:1], None, metadata.kv_lens[:1], block_size, chunk)[0]
+
+
 def decode_slots(metadata: AttentionMetadata, *, block_size: int, chunk: int, sliding_window: int | None) -> jax.Array:
     """i32[decodes, positions in whole chunks]: of the decode plan's rows, in its order."""
     tables = metadata.block_tables.at[metadata.plan.decode_rows].get(
