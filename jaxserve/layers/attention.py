@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 from jaxserve.cache.kv_cache import LayerCache, pool_partition_spec
 from jaxserve.layers.linear import Linear
 from jaxserve.layers.numerics import Numerics
-from jaxserve.layers.rope import Rotation, rotate
+from jaxserve.layers.rope import Rotation
 from jaxserve.parallel.mesh import TENSOR
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.paged_attention import AttentionGeometry, AttentionMetadata, paged_attention
 
 
@@ -86,15 +86,14 @@ class Attention(nnx.Module):
         self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, head_dim]
-        rotated = rotate(qkv[:, :, :-1], angles)
-        attended, cache = self._attend(rotated[:, :, :-1], rotated[:, :, -1], qkv[:, :, -1], cache, inputs)
+        attended, cache = self._attend(qkv, angles, cache, inputs)
         return self.out(attended.reshape(x.shape[0], -1)), cache
 
     def _attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: LayerCache, inputs: AttentionInputs
+        self, qkv: jax.Array, angles: Rotation, cache: LayerCache, inputs: AttentionInputs
     ) -> tuple[jax.Array, LayerCache]:
         run = partial(
-            _write_and_attend,
+            _rotate_write_attend,
             scale=self.shape.head_dim**-0.5,
             sliding_window=self.sliding_window,
         )
@@ -104,25 +103,26 @@ class Attention(nnx.Module):
             run = jax.shard_map(
                 run,
                 mesh=self.backend.mesh,
-                in_specs=(heads, heads, heads, (pool, pool), PartitionSpec()),
+                in_specs=(heads, PartitionSpec(), (pool, pool), PartitionSpec()),
                 out_specs=(heads, (pool, pool)),
                 check_vma=False,
             )
-        return run(q, k, v, cache, inputs)
+        return run(qkv, angles, cache, inputs)
 
 
-def _write_and_attend(
-    q: Float[Array, "tokens kv_heads group head_dim"],
-    k: Float[Array, "tokens kv_heads head_dim"],
-    v: Float[Array, "tokens kv_heads head_dim"],
+def _rotate_write_attend(
+    qkv: Float[Array, "tokens kv_heads parts head_dim"],
+    angles: Rotation,
     cache: LayerCache,
     inputs: AttentionInputs,
     *,
     scale: float,
     sliding_window: int | None,
 ) -> tuple[Float[Array, "tokens kv_heads group head_dim"], LayerCache]:
-    """Write this step's K and V, then attend to all of each sequence's; new blocks are readable at once."""
-    cache = kv_write(k, v, *cache, inputs.kv_slots, implementation=inputs.metadata.implementation)
+    """Rotate, write this step's K and V, then attend to all of each sequence's; new blocks are readable at once."""
+    implementation = inputs.metadata.implementation
+    q, k_pool, v_pool = rotate_and_write(qkv, *angles, *cache, inputs.kv_slots, implementation=implementation)
+    cache = (k_pool, v_pool)
     flat = q.reshape(q.shape[0], -1, q.shape[-1])  # [tokens, q_heads, head_dim]
     attended = paged_attention(flat, *cache, inputs.metadata, scale=scale, sliding_window=sliding_window)
     return attended.reshape(q.shape).astype(jnp.result_type(q)), cache

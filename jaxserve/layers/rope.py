@@ -123,11 +123,3 @@ def rotation(rope: RopeConfig, positions: Int[Array, " tokens"]) -> Rotation:
     frequencies, factor = rope.inverse_frequencies()
     angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def rotate(x: Float[Array, "tokens ... head_dim"], angles: Rotation) -> Float[Array, "tokens ... head_dim"]:
-    """Rotate each pair (x[i], x[i + head_dim / 2]) by its position's angle, in float32."""
-    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1] // 2)
-    cos, sin = (part.reshape(shape) for part in angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

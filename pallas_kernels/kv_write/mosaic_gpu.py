@@ -16,8 +16,8 @@ from pallas_kernels.numerics import to_storage
 
 _TILE_BYTES = 8192  # of K, and as much of V: a dozen thread blocks fit a multiprocessor's shared memory
 _MAX_TILE_TOKENS = 16
-_MAX_BOX = 256  # elements along an axis of one bulk copy
-_COPY_BYTES = 16  # bulk copies move multiples of this
+MAX_BOX = 256  # elements along an axis of one bulk copy
+COPY_BYTES = 16  # bulk copies move multiples of this
 
 
 def kv_write_mosaic_gpu(
@@ -77,11 +77,11 @@ def kv_write_mosaic_gpu(
 
 def _check_supported(k: jax.Array) -> None:
     _, kv_heads, head_dim = k.shape
-    if head_dim > _MAX_BOX or kv_heads > _MAX_BOX:
+    if head_dim > MAX_BOX or kv_heads > MAX_BOX:
         raise NotImplementedError(
-            f"mosaic_gpu copies rows of at most {_MAX_BOX} heads of at most {_MAX_BOX}, got {kv_heads} of {head_dim}"
+            f"mosaic_gpu copies rows of at most {MAX_BOX} heads of at most {MAX_BOX}, got {kv_heads} of {head_dim}"
         )
-    if head_dim * 2 % _COPY_BYTES:
+    if head_dim * 2 % COPY_BYTES:
         raise NotImplementedError(f"mosaic_gpu takes a head_dim that is a multiple of 8, got {head_dim}")
 
 

@@ -1,4 +1,4 @@
-"""Contract of kv_write: put each token's key and value into its slot of the pools."""
+"""Contracts of kv_write, which puts each token's key and value into its slot of the pools, and of rotate_and_write."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.kv_write.rotation import rotate
 from pallas_kernels.kv_write.xla import kv_write_xla
 from pallas_kernels.numerics import POOL_DTYPES
 
@@ -37,6 +38,41 @@ def kv_write(
     """
     _check(k, v, k_pool, v_pool, slots)
     return dispatch("kv_write", _KERNELS, implementation, k, v, k_pool, v_pool, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation",), inline=True)
+def rotate_and_write(
+    qkv: jax.Array,  # [tokens, kv_heads, group + 2, head_dim]: of each KV head its queries, its key, its value
+    cos: jax.Array,  # f32[tokens, head_dim / 2]
+    sin: jax.Array,  # f32[tokens, head_dim / 2]
+    k_pool: jax.Array,  # as kv_write takes them
+    v_pool: jax.Array,
+    slots: jax.Array,  # i32[tokens], as kv_write takes them
+    *,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the rotated queries [tokens, kv_heads, group, head_dim] and the pools with rotated keys, and values.
+
+    Rotation is that of `rotation.rotate`, in float32. One kernel does it all where there is one that takes the call;
+    otherwise XLA rotates, and kv_write writes.
+    """
+    _check_projections(qkv, cos, sin)
+    if implementation == "mosaic_gpu":
+        from pallas_kernels.kv_write.mosaic_gpu_rotation import rotate_and_write_mosaic_gpu, takes
+
+        if takes(qkv, k_pool):
+            _check(qkv[:, :, -2], qkv[:, :, -1], k_pool, v_pool, slots)
+            return rotate_and_write_mosaic_gpu(qkv, cos, sin, k_pool, v_pool, slots)
+    rotated = rotate(qkv[:, :, :-1], cos, sin)
+    pools = kv_write(rotated[:, :, -1], qkv[:, :, -1], k_pool, v_pool, slots, implementation=implementation)
+    return rotated[:, :, :-1], *pools
+
+
+def _check_projections(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> None:
+    if qkv.ndim != 4 or qkv.shape[2] < 3 or qkv.shape[3] % 2:
+        raise ValueError(f"qkv must be [tokens, kv_heads, group + 2, even head_dim], got {qkv.shape}")
+    if cos.shape != (qkv.shape[0], qkv.shape[3] // 2) or sin.shape != cos.shape:
+        raise ValueError(f"cos and sin must be [tokens, head_dim / 2] of qkv {qkv.shape}, got {cos.shape}, {sin.shape}")
 
 
 def _check(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array, slots: jax.Array) -> None:

@@ -13,7 +13,7 @@ from jax.stages import Lowered
 
 from jaxserve.parallel.mesh import replicated
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.kv_write import kv_write, rotate_and_write
 from pallas_kernels.numerics import pool_shape
 from pallas_kernels.paged_attention import (
     AttentionGeometry,
@@ -83,6 +83,14 @@ _TPU: _Table = (
 )  # fmt: skip
 
 
+_ROTATED = (
+    ("llama 8B", LLAMA_8B),
+    ("llama 70B on 8", replace(LLAMA_8B, q_heads=8, kv_heads=1)),
+    ("SmolLM2 135M", replace(LLAMA_8B, q_heads=9, kv_heads=3, head_dim=64)),
+    ("no groups, float16", replace(LLAMA_8B, q_heads=32, kv_heads=32, dtype="float16")),
+)
+
+
 def kernel_jobs() -> list[Job]:
     """Attention with its KV write, then the write alone, on one device of each kind."""
     jobs = []
@@ -93,6 +101,7 @@ def kernel_jobs() -> list[Job]:
             for batch in batches:
                 jobs.append(_attention_job(target, f"attention, {name}, {batch.name}", geometry, options, batch))
         jobs += [_kv_write_job(target, num_tokens) for num_tokens in (1, 256, 8192)]
+    jobs += [_rotation_job(name, geometry, num_tokens) for name, geometry in _ROTATED for num_tokens in (1, 256)]
     return jobs
 
 
@@ -112,6 +121,15 @@ def _kv_write_job(target: Target, num_tokens: int) -> Job:
         name=f"kv_write, llama 8B, {num_tokens} tokens",
         target=target,
         lower=partial(_lower_kv_write, _IMPLEMENTATION[target.platform], geometry, num_tokens),
+        limits=_pool_limits(geometry),
+    )
+
+
+def _rotation_job(name: str, geometry: AttentionGeometry, num_tokens: int) -> Job:
+    return Job(
+        name=f"rotate_and_write, {name}, {num_tokens} tokens",
+        target=Target(device="h100", num_devices=1),
+        lower=partial(_lower_rotation, geometry, num_tokens),
         limits=_pool_limits(geometry),
     )
 
@@ -180,3 +198,15 @@ def _lower_kv_write(
 
     k, v, slots = _placed((kv, kv, slots), mesh)
     return jax.jit(write, donate_argnames="pools").lower(k, v, (_pool(geometry, mesh),) * 2, slots)
+
+
+def _lower_rotation(geometry: AttentionGeometry, num_tokens: int, mesh: Mesh) -> Lowered:
+    def run(qkv: Any, cos: Any, sin: Any, pools: Any, slots: Any) -> Any:
+        return rotate_and_write(qkv, cos, sin, *pools, slots, implementation="mosaic_gpu")
+
+    shape = (num_tokens, geometry.kv_heads, geometry.group + 2, geometry.head_dim)
+    qkv = jax.ShapeDtypeStruct(shape, jnp.dtype(geometry.dtype))
+    angle = jax.ShapeDtypeStruct((num_tokens, geometry.head_dim // 2), jnp.float32)
+    slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
+    qkv, cos, sin, slots = _placed((qkv, angle, angle, slots), mesh)
+    return jax.jit(run, donate_argnames="pools").lower(qkv, cos, sin, (_pool(geometry, mesh),) * 2, slots)
