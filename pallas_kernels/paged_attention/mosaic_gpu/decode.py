@@ -16,7 +16,7 @@ Check first head_dim 128, block size 64, one row of 64 tokens; then a row of 65;
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, Item, rows_per_token
+from pallas_kernels.paged_attention.mosaic_gpu.decode_refs import KeyRange, Operands, Shared, Softmax, Work
 from pallas_kernels.paged_attention.mosaic_gpu.merge import LOG2E, Partials, merge_partials, sinks_by_row
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, decode_tiles
@@ -88,69 +89,6 @@ def paged_decode(
     if partials is None:
         return out
     return merge_partials(out, partials, plan, sinks)
-
-
-class _Work(NamedTuple):
-    """An item and a KV head; scalars."""
-
-    turn: jax.Array  # of the thread block: how many works it did before
-    head: jax.Array
-    row: jax.Array
-    token: jax.Array
-    num_tokens: jax.Array
-    position: jax.Array
-    kv_lo: jax.Array
-    kv_hi: jax.Array
-    partial: jax.Array
-
-
-class _Range(NamedTuple):
-    """The tiles of keys that an item walks; scalars."""
-
-    first_seen: jax.Array  # position of the first key that a query of the item sees
-    first: jax.Array  # tile
-    num_tiles: jax.Array
-
-
-class _Softmax(NamedTuple):
-    """Running sums of an online softmax, in registers."""
-
-    acc: jax.Array  # f32[ROWS, head_dim]
-    top: jax.Array  # f32[ROWS], the highest score so far, times log2(e)
-    total: jax.Array  # f32[ROWS], sum of exp2(score - top)
-
-
-class _Operands(NamedTuple):
-    """Refs in global memory."""
-
-    q: Any  # [tokens * q_heads, head_dim]
-    k: Any  # [num_blocks, block_size, kv_heads, head_dim]
-    v: Any
-    block_tables: Any  # i32[rows, blocks_per_seq]
-    items: Any  # i32[items, 8]
-    num_items: Any  # i32[1]
-    sinks: Any  # f32[kv_heads, ROWS], log2(e) times the sink of each row's head
-    out: Any  # [tokens * q_heads, head_dim]
-    partial_out: Any  # f32[partials, kv_heads, tile rows, head_dim]
-    partial_top: Any  # f32[partials, kv_heads, ROWS]
-    partial_total: Any  # f32[partials, kv_heads, ROWS]
-
-
-class _Shared(NamedTuple):
-    """Refs in shared memory: tiles and the barriers that say who may touch them."""
-
-    q: Any  # [query_stages, ROWS, head_dim]
-    k: Any  # [stages, kv_tile, head_dim]
-    v: Any
-    results: Any  # [ROWS, head_dim], in f32 and in the output's dtype
-    top: Any  # f32[ROWS]
-    total: Any  # f32[ROWS]
-    q_arrived: Any  # [query_stages]
-    k_arrived: Any  # [stages]
-    v_arrived: Any
-    q_free: Any
-    k_free: Any
-    v_free: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,15 +185,15 @@ class _Decode:
         inputs, refs = refs[: 6 + self.has_sinks], refs[6 + self.has_sinks :]
         results, scratch = refs[: 4 if self.num_partials else 1], refs[4 if self.num_partials else 1 :]
         given = (*inputs, *[None] * (7 - len(inputs)), *results, *[None] * (4 - len(results)))
-        operands, shared = _Operands(*given), _Shared(*scratch)
+        operands, shared = Operands(*given), Shared(*scratch)
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
         num_works = operands.num_items[0] * self.kv_heads
         rounds = lax.div(num_works - block + jnp.int32(self.num_blocks - 1), jnp.int32(self.num_blocks))
 
-        def work_of(turn: jax.Array) -> _Work:
+        def work_of(turn: jax.Array) -> Work:
             index = block + turn * self.num_blocks
             item, head = lax.div(index, jnp.int32(self.kv_heads)), lax.rem(index, jnp.int32(self.kv_heads))
-            return _Work(turn, head, *(operands.items[item, column] for column in Item))
+            return Work(turn, head, *(operands.items[item, column] for column in Item))
 
         @pl.when(warpgroup == 0)
         def _() -> None:
@@ -271,18 +209,18 @@ class _Decode:
             )
             self._drain(shared, rounds, steps)
 
-    def _range(self, work: _Work) -> _Range:
+    def _range(self, work: Work) -> KeyRange:
         tile = self.tiles.kv_tile
         first_seen = jnp.int32(0)
         if self.sliding_window is not None:
             first_seen = jnp.maximum(work.position - jnp.int32(self.sliding_window - 1), 0)
         first = lax.div(jnp.maximum(work.kv_lo, first_seen), jnp.int32(tile))
         end = lax.div(work.kv_hi + jnp.int32(tile - 1), jnp.int32(tile))
-        return _Range(first_seen, first, jnp.maximum(end - first, 0))
+        return KeyRange(first_seen, first, jnp.maximum(end - first, 0))
 
     # ---- the warpgroup that copies ----
 
-    def _load(self, operands: _Operands, shared: _Shared, work: _Work, step: jax.Array) -> jax.Array:
+    def _load(self, operands: Operands, shared: Shared, work: Work, step: jax.Array) -> jax.Array:
         """Starts all copies of a work; `step` tiles went through the ring before, the result with this work's."""
         keys = self._range(work)
         self._load_queries(operands, shared, work)
@@ -294,7 +232,7 @@ class _Decode:
         lax.fori_loop(0, keys.num_tiles, load, self._blocks(operands, work, keys.first))
         return step + keys.num_tiles
 
-    def _load_queries(self, operands: _Operands, shared: _Shared, work: _Work) -> None:
+    def _load_queries(self, operands: Operands, shared: Shared, work: Work) -> None:
         """Each token's heads, with the rows that follow up to whole swizzle tiles, which nobody uses.
 
         Rows of a product are independent: what the rest of the tile holds, NaN included, meets no row that is stored.
@@ -310,14 +248,14 @@ class _Decode:
                 shared.q_arrived.at[stage],
             )
 
-    def _query_row(self, work: _Work, index: jax.Array | int) -> jax.Array:
+    def _query_row(self, work: Work, index: jax.Array | int) -> jax.Array:
         return (work.token + index) * (self.kv_heads * self.group) + work.head * self.group
 
     def _load_tile(
         self,
-        operands: _Operands,
-        shared: _Shared,
-        work: _Work,
+        operands: Operands,
+        shared: Shared,
+        work: Work,
         blocks: tuple[jax.Array, ...],
         tile: jax.Array,
         step: jax.Array,
@@ -335,14 +273,14 @@ class _Decode:
                 source = pool.at[block, pl.ds(offset, rows), work.head]
                 plgpu.copy_gmem_to_smem(source, tiles.at[stage, pl.ds(index * rows, rows)], arrived.at[stage])
 
-    def _drain(self, shared: _Shared, turns: jax.Array, steps: jax.Array) -> None:
+    def _drain(self, shared: Shared, turns: jax.Array, steps: jax.Array) -> None:
         """Waits until every stage is free, so that no barrier ends with an arrival that nobody saw."""
         for frees, used in (((shared.q_free,), turns), ((shared.k_free, shared.v_free), steps)):
             for free in frees:
                 for stage in range(free.shape[0]):
                     pl.when(stage < used)(lambda free=free, stage=stage: plgpu.barrier_wait(free.at[stage]))
 
-    def _blocks(self, operands: _Operands, work: _Work, tile: jax.Array) -> tuple[jax.Array, ...]:
+    def _blocks(self, operands: Operands, work: Work, tile: jax.Array) -> tuple[jax.Array, ...]:
         """Ids of the blocks of a tile of keys. Past the table's end its last entry again: those keys are masked."""
         first = lax.div(tile * jnp.int32(self.tiles.kv_tile), jnp.int32(self.block_size))
         last = jnp.int32(self.blocks_per_seq - 1)
@@ -352,13 +290,13 @@ class _Decode:
 
     # ---- the warpgroup that computes ----
 
-    def _compute(self, operands: _Operands, shared: _Shared, work: _Work, step: jax.Array) -> jax.Array:
+    def _compute(self, operands: Operands, shared: Shared, work: Work, step: jax.Array) -> jax.Array:
         """Computes a work and starts the copies of its result; `step` as in `_load`."""
         wg, keys = self.wg, self._range(work)
         stage = lax.rem(work.turn, jnp.int32(self.tiles.query_stages))
-        nothing = _Softmax(wg.full((ROWS, self.head_dim), 0.0), wg.full_rows(ROWS, MASKED), wg.full_rows(ROWS, 0.0))
+        nothing = Softmax(wg.full((ROWS, self.head_dim), 0.0), wg.full_rows(ROWS, MASKED), wg.full_rows(ROWS, 0.0))
 
-        def attend(index: jax.Array, softmax: _Softmax) -> _Softmax:
+        def attend(index: jax.Array, softmax: Softmax) -> Softmax:
             start = (keys.first + index) * jnp.int32(self.tiles.kv_tile)
             return self._attend(shared, shared.q.at[stage], work, keys, start, step + index, softmax)
 
@@ -376,14 +314,14 @@ class _Decode:
 
     def _attend(
         self,
-        shared: _Shared,
+        shared: Shared,
         queries: Any,  # [ROWS, head_dim] in shared memory
-        work: _Work,
-        keys: _Range,
+        work: Work,
+        keys: KeyRange,
         start: jax.Array,
         step: jax.Array,
-        softmax: _Softmax,
-    ) -> _Softmax:
+        softmax: Softmax,
+    ) -> Softmax:
         """Adds the tile of keys that begins at position `start`."""
         wg, kv_tile = self.wg, self.tiles.kv_tile
         stage = lax.rem(step, jnp.int32(self.tiles.stages))
@@ -400,14 +338,14 @@ class _Decode:
         self._zero_unseen_values(shared.v.at[stage], work, keys, start)
         acc = wg.add_product(acc, weights.astype(self.dtype), shared.v.at[stage])
         plgpu.barrier_arrive(shared.v_free.at[stage])
-        return _Softmax(acc, top, total)
+        return Softmax(acc, top, total)
 
     def _scaled(self, scores: jax.Array) -> jax.Array:
         if self.soft_cap is None:
             return scores * (self.scale * LOG2E)
         return jnp.tanh(scores * (self.scale / self.soft_cap)) * (self.soft_cap * LOG2E)
 
-    def _visible(self, work: _Work, keys: _Range, start: jax.Array) -> jax.Array:
+    def _visible(self, work: Work, keys: KeyRange, start: jax.Array) -> jax.Array:
         """bool[ROWS, kv_tile]: which key, of those from position `start` on, each query sees.
 
         Of a row whose first tiles are masked altogether the sums hold nonsense, until a visible score raises `top`
@@ -422,7 +360,7 @@ class _Decode:
         visible = key <= query
         return visible if self.sliding_window is None else visible & (key > query - jnp.int32(self.sliding_window))
 
-    def _zero_unseen_values(self, values: Any, work: _Work, keys: _Range, start: jax.Array) -> None:
+    def _zero_unseen_values(self, values: Any, work: Work, keys: KeyRange, start: jax.Array) -> None:
         """Zeros values that no query of the item sees: they may be NaN, which a weight of 0 does not silence."""
 
         @pl.when((start < keys.first_seen) | (start + self.tiles.kv_tile > work.kv_hi))
@@ -432,7 +370,7 @@ class _Decode:
             values[...] = jnp.where(seen, self.wg.load(values), jnp.zeros((), self.dtype))
             plgpu.commit_smem()  # wgmma reads by another path than stores write
 
-    def _store(self, operands: _Operands, shared: _Shared, work: _Work, softmax: _Softmax) -> None:
+    def _store(self, operands: Operands, shared: Shared, work: Work, softmax: Softmax) -> None:
         """Writes the result of an item that has all keys of its tokens; zeros where it has none."""
         wg, (acc, top, total) = self.wg, softmax
         if self.has_sinks:
@@ -452,7 +390,7 @@ class _Decode:
             ),
         )
 
-    def _store_partial(self, operands: _Operands, shared: _Shared, work: _Work, softmax: _Softmax) -> None:
+    def _store_partial(self, operands: Operands, shared: Shared, work: Work, softmax: Softmax) -> None:
         result, _ = shared.results
         result[...], shared.top[...], shared.total[...] = softmax
 
@@ -465,7 +403,7 @@ class _Decode:
         plgpu.copy_smem_to_gmem(shared.total, operands.partial_total.at[work.partial, work.head])
         self._for_each_token(work, copy_token)
 
-    def _for_each_token(self, work: _Work, copy: Callable[[int], None]) -> None:
+    def _for_each_token(self, work: Work, copy: Callable[[int], None]) -> None:
         """Starts the copies out of shared memory, one a token."""
         plgpu.commit_smem()
         for index in range(self.tokens_per_tile):

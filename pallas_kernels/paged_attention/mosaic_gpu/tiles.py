@@ -61,3 +61,47 @@ COMPILE_CONFIGS: tuple[DecodeConfig, ...] = (
     DecodeConfig(head_dim=256, block_size=32, group=2, sliding_window=4096, soft_cap=50.0),
     DecodeConfig(head_dim=256, block_size=16, tokens_per_tile=8, sliding_window=64, soft_cap=30.0, sinks=True),
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillTiles:
+    """How the prefill kernel walks keys."""
+
+    block_kv: int  # keys of a tile
+    stages: int  # tiles of K, and of V, in shared memory
+
+    def __post_init__(self) -> None:
+        if self.block_kv % 64 or self.stages < 2:
+            raise ValueError(
+                f"block_kv must be a multiple of 64 and stages at least 2, got {self.block_kv} and {self.stages}"
+            )
+
+
+def prefill_tiles(head_dim: int) -> PrefillTiles:
+    """Tiles that fit shared memory (227 KiB) and registers; those of 64 and 128 are FlashAttention-3's on H100."""
+    if head_dim > 128:
+        return PrefillTiles(block_kv=64, stages=2)
+    return PrefillTiles(block_kv=128, stages=2 if head_dim > 96 else 3)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillConfig:
+    """One program of the prefill kernel that must compile for an H100."""
+
+    head_dim: int
+    block_size: int
+    group: int = 4
+    dtype: str = "bfloat16"
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
+
+
+PREFILL_COMPILE_CONFIGS: tuple[PrefillConfig, ...] = (
+    *(PrefillConfig(head_dim=head_dim, block_size=size) for head_dim in HEAD_DIMS for size in (16, 64, 256)),
+    *(PrefillConfig(head_dim=128, block_size=16, group=group) for group in (1, 5, 8, 16)),
+    PrefillConfig(head_dim=128, block_size=24, dtype="float16"),
+    PrefillConfig(head_dim=64, block_size=16, group=8, sliding_window=128, sinks=True),
+    PrefillConfig(head_dim=256, block_size=32, group=2, sliding_window=4096, soft_cap=50.0),
+    PrefillConfig(head_dim=256, block_size=16, group=8, sliding_window=64, soft_cap=30.0, sinks=True),
+)

@@ -1,0 +1,171 @@
+"""The GPU decode kernel in the Mosaic GPU interpreter against the float64 reference; unread slots hold NaN.
+
+Products are plain dots in the interpreter (`product.Warpgroup`); all else is the kernel's own code. The cases are few
+and each asks for several things, since each compiles for seconds.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.numerics import from_storage, tolerance
+from pallas_kernels.paged_attention import AttentionGeometry
+from pallas_kernels.paged_attention.cases import Case, Inputs, make_inputs
+from pallas_kernels.paged_attention.mosaic_gpu import build_plan, check_supported, paged_attention, plan_shapes
+from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
+from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import build_decode_plan, decode_sizes
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles
+from pallas_kernels.paged_attention.reference import paged_attention_reference
+
+pytest_plugins = ("tests.kernels.gpu_interpreter",)
+
+_ONES = ((0, 1), (14, 1), (15, 1), (63, 1), (64, 1))  # one token; one short of a block; a block; a tile; a tile and one
+_LONG = ((0, 1), (300, 1), (130, 1))  # with few multiprocessors the second is split
+
+_bf16 = functools.partial(Case, dtype="bfloat16", kv_heads=1, q_heads=4)
+CASES = (
+    _bf16(name="no_rows", rows=(), num_tokens=2),
+    _bf16(name="edges_of_blocks_and_tiles", rows=_ONES, q_heads=2, kv_heads=2, num_tokens=6, num_rows=6),
+    _bf16(name="split_rows_with_sinks", rows=_LONG, q_heads=5, sinks=True),
+    _bf16(
+        name="window_and_cap_over_splits",
+        rows=_LONG,
+        q_heads=8,
+        kv_heads=2,
+        head_dim=80,
+        block_size=32,
+        sliding_window=150,
+        soft_cap=2.0,
+        shared_blocks=3,
+    ),
+    _bf16(name="sixteen_heads_of_256", rows=((200, 1), (5, 1)), q_heads=16, head_dim=256, block_size=64),
+    _bf16(
+        name="verified_tokens",
+        rows=((0, 5), (300, 4), (160, 1), (3, 2)),
+        num_tokens=16,
+        has_prefill=True,
+        sliding_window=100,
+        sinks=True,
+        shared_blocks=1,
+    ),
+    _bf16(
+        name="sixteen_tokens_of_one_row",
+        rows=((180, 16), (0, 3)),
+        q_heads=9,
+        head_dim=96,
+        block_size=192,
+        num_tokens=24,
+        has_prefill=True,
+        dtype="float16",
+    ),
+    _bf16(name="blocks_of_256_at_128", rows=((290, 1), (10, 1)), q_heads=8, head_dim=128, block_size=256, soft_cap=5.0),
+)
+BY_NAME = {case.name: case for case in CASES}
+
+
+def decode(case: Case, inputs: Inputs, *, num_sms: int = 3, tiles: DecodeTiles | None = None) -> np.ndarray:
+    rows, blocks_per_seq = inputs.block_tables.shape
+    tables = np.zeros((case.num_rows, blocks_per_seq), np.int32)
+    tables[:rows] = inputs.block_tables
+    sizes = decode_sizes(
+        geometry=case.geometry,
+        num_tokens=case.num_tokens,
+        num_rows=case.num_rows,
+        blocks_per_seq=blocks_per_seq,
+        has_prefill=case.has_prefill,
+        num_sms=num_sms,
+    )
+    (plan,) = build_decode_plan(
+        case.query_lens, case.kv_lens, geometry=case.geometry, sizes=sizes, num_tokens=case.num_tokens
+    )
+    run = functools.partial(
+        paged_decode,
+        scale=case.head_dim**-0.5,
+        sliding_window=case.sliding_window,
+        soft_cap=case.soft_cap,
+        sinks=inputs.sinks,
+        tiles=tiles,
+        interpret=True,
+    )
+    out = jax.jit(run)(inputs.q, from_storage(inputs.k_pool), from_storage(inputs.v_pool), tables, plan)
+    assert out.dtype == inputs.q.dtype
+    return np.asarray(out.astype(jnp.float32))
+
+
+def expected(case: Case, inputs: Inputs) -> np.ndarray:
+    return paged_attention_reference(
+        np.asarray(inputs.q.astype(jnp.float32)),
+        inputs.k_values,
+        inputs.v_values,
+        case.query_lens,
+        case.kv_lens,
+        inputs.block_tables,
+        scale=case.head_dim**-0.5,
+        sliding_window=case.sliding_window,
+        soft_cap=case.soft_cap,
+        sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
+    )
+
+
+@pytest.mark.usefixtures("compiled_once")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_agrees_with_the_reference_whatever_unread_slots_hold(case):
+    inputs = make_inputs(case, unread=np.nan)
+    np.testing.assert_allclose(decode(case, inputs), expected(case, inputs), **tolerance(case.dtype))
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_a_ring_that_wraps_and_tiles_of_several_sizes_change_no_result():
+    case = BY_NAME["split_rows_with_sinks"]
+    inputs = make_inputs(case, unread=np.nan)
+    for tiles in (DecodeTiles(kv_tile=64, stages=2, query_stages=1), DecodeTiles(kv_tile=128, stages=3)):
+        out = decode(case, inputs, num_sms=2, tiles=tiles)
+        np.testing.assert_allclose(out, expected(case, inputs), **tolerance(case.dtype))
+
+
+@pytest.mark.usefixtures("compiled_once")
+def test_decode_and_prefill_rows_share_a_step():
+    case = _bf16(name="mixed", rows=((40, 1), (10, 20), (0, 3)), num_tokens=32, has_prefill=True)
+    inputs = make_inputs(case, unread=np.nan, implementation="mosaic_gpu")
+    attend = jax.jit(functools.partial(paged_attention, scale=case.head_dim**-0.5, interpret=True))
+    k_pool, v_pool = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
+    out = attend(inputs.q, k_pool, v_pool, jax.tree.map(jnp.asarray, inputs.metadata))
+    np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), expected(case, inputs), **tolerance(case.dtype))
+
+
+def test_a_plan_has_the_shapes_that_were_announced():
+    geometry = dataclasses.replace(BY_NAME["verified_tokens"].geometry, sliding_windows=(None, 100))
+    for query_lens, has_prefill in (([1, 1], False), ([1, 30, 2], True)):
+        bucket = {"geometry": geometry, "num_tokens": 40, "num_rows": 4, "has_prefill": has_prefill}
+        tables = np.ones((len(query_lens), 8), np.int32)
+        plan = build_plan(np.asarray(query_lens), np.asarray([90] * len(query_lens)), tables, **bucket)
+        announced = plan_shapes(**bucket, blocks_per_seq=8)
+        assert jax.tree.structure(plan) == jax.tree.structure(announced)
+        for leaf, shape in zip(jax.tree.leaves(plan), jax.tree.leaves(announced), strict=True):
+            assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
+
+
+def test_a_window_that_was_not_planned_for_is_refused():
+    case = BY_NAME["split_rows_with_sinks"]
+    inputs = make_inputs(case, implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="not for 7"):
+        paged_attention(inputs.q, inputs.k_pool, inputs.v_pool, inputs.metadata, scale=1.0, sliding_window=7)
+
+
+@pytest.mark.parametrize(
+    "change", [{"head_dim": 72}, {"block_size": 48}, {"block_size": 8}, {"dtype": "float32"}, {"q_heads": 136}]
+)
+def test_what_the_kernels_cannot_do_is_refused_by_name(change):
+    geometry = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+    check_supported(geometry)
+    with pytest.raises(NotImplementedError, match="mosaic_gpu takes"):
+        check_supported(dataclasses.replace(geometry, **change))
+
+
+def test_tiles_that_no_kernel_has_are_refused():
+    with pytest.raises(ValueError, match="kv_tile"):
+        DecodeTiles(kv_tile=32, stages=4)
