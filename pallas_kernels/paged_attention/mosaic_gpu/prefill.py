@@ -13,16 +13,20 @@ at the tensor cores: one multiplies while the other is at its softmax. Memory tr
 a KV head once for each item and group of heads, mostly out of the L2 cache.
 
 Never run on a device: compiled for H100 and run interpreted only (see `product.Warpgroup` for what that cannot
-show). Whoever runs it first: compare with the reference before timing anything; a wrong result at every head_dim
-points at `_zero_unread` or at the aliased memory of queries and results (`_scratch`), one at 80 or 96 alone at
-`_store_rows`. Then tune, in this order: `PrefillTiles` (stages 3 at head_dim 128 fits shared memory, block_kv 192 at
-64), the register split, the turns (`_Prefill.turns`), a store of partial tiles without bank conflicts.
+show). Whoever runs it first: compare with the reference before timing anything. No device has yet shown that
+- mbarriers take arrivals of copies in one phase and of a warpgroup in the next (`v_full`, in `_produce`);
+- `_zero_unread` orders its stores before the wgmma of the other warpgroups (partial last blocks alone are wrong);
+- results may take the memory of the queries (`_scratch`; all head_dims but 80 and 96 are wrong);
+- copies of single rows out of plain shared memory are aligned (`_store_rows`; tails of tiles are wrong).
+Then tune, in this order: `PrefillTiles` (3 stages at head_dim 128 fit, block_kv 192 at 64), the registers (232 and 40;
+224 and 56), the turns of the warpgroups (drop `_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
+to 12.9.0 miscompiles causal masks, so jax's own kernel refuses those: use 12.9.1 or later.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,43 +39,18 @@ from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
     COMPUTE_WARPGROUPS,
     PrefillPlan,
+    check_prefill_supported,
     folded_heads,
     tokens_per_item,
 )
+from pallas_kernels.paged_attention.mosaic_gpu.prefill_refs import Global, Item, Shared
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import PrefillTiles, prefill_tiles
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
 _LOG2E = math.log2(math.e)
-_MASKED = -1e30  # as a score: finite after any scaling, so that a row of masked scores only is no nan
+_LOWEST = -1e30  # where the largest score starts: finite, so that a row of masked scores (-inf) only is no nan
 _COMPUTE_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # a thread; 128 * (2 * 232 + 40) of the SM's 65536
 _ALIGNED = 64  # elements of 16 bits: TMA wants 128-byte aligned rows in shared memory
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillTiles:
-    """Sizes that decide speed, not results."""
-
-    block_kv: int  # keys of a tile, a multiple of 64
-    stages: int  # tiles of K, and of V, in shared memory
-
-
-def prefill_tiles(head_dim: int) -> PrefillTiles:
-    """Tiles that fit shared memory (227 KiB) and registers; those of 64 and 128 are FlashAttention-3's on H100."""
-    if head_dim > 128:
-        return PrefillTiles(block_kv=64, stages=2)
-    return PrefillTiles(block_kv=128, stages=2 if head_dim > 96 else 3)
-
-
-def check_prefill_supported(geometry: AttentionGeometry) -> None:
-    """NotImplementedError, with the reason, for geometries that this kernel cannot compute."""
-    if geometry.head_dim not in HEAD_DIMS:
-        raise NotImplementedError(f"mosaic_gpu prefill takes a head_dim of {HEAD_DIMS}, got {geometry.head_dim}")
-    if geometry.dtype not in ("bfloat16", "float16"):
-        raise NotImplementedError(f"mosaic_gpu prefill takes bfloat16 or float16, got {geometry.dtype}")
-    if geometry.block_size % 8:
-        raise NotImplementedError(
-            f"mosaic_gpu prefill takes a block_size that is a multiple of 8, got {geometry.block_size}"
-        )
 
 
 def prefill(
@@ -131,60 +110,13 @@ def prefill(
         kernel.body,
         out_type=(),
         mesh=mesh,
+        # Under Warpgroup semantics, the default of 0.11, the layout inference of 0.11.2 fails on this kernel.
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         interpret=interpret,
         name="paged_prefill",
     )
     call(*(gpu_operand(x, interpret=interpret) for x in operands), out_ref)
     return jax.freeze(out_ref)
-
-
-class _Global(NamedTuple):
-    """Refs in global memory."""
-
-    q: Any
-    k_pool: Any
-    v_pool: Any
-    block_tables: Any
-    kv_lens: Any
-    rows: Any
-    first_tokens: Any
-    num_tokens: Any
-    first_positions: Any
-    computed_lens: Any
-    sinks: Any
-    out: Any
-
-
-class _Shared(NamedTuple):
-    """Refs in shared memory; `full` barriers: a tile has arrived, `free`: both compute warpgroups are done with it."""
-
-    q: Any  # [warpgroups, ROWS, head_dim], as wgmma reads it
-    rows_out: Any  # [warpgroups, ROWS, head_dim up to _ALIGNED], row by row
-    k: Any  # [stages, block_kv, head_dim]
-    v: Any
-    q_full: Any  # [warpgroups]
-    k_full: Any  # [stages]
-    v_full: Any
-    k_free: Any
-    v_free: Any
-    v_partial: Any  # a tile of V with slots that must be zeroed first
-    turns: Any
-
-
-class _Item(NamedTuple):
-    """What a thread block computes; i32 scalars."""
-
-    row: Any
-    first_token: Any
-    num_tokens: Any
-    first_position: Any
-    first_readable: Any  # slots of the row before this position may hold anything,
-    kv_len: Any  # and from this one on
-    first_tile: Any  # of keys, counted from the beginning of the sequence
-    num_tiles: Any
-    first_head: Any
-    kv_head: Any
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,12 +148,12 @@ class _Prefill:
         return math.gcd(self.geometry.block_size, self.tiles.block_kv)
 
     def body(self, *refs: Any) -> None:
-        """One thread of one thread block; refs as `_Global`, without sinks where there are none."""
-        g = _Global._make((*refs[:10], refs[10] if self.has_sinks else None, refs[-1]))
+        """One thread of one thread block; refs as `Global`, without sinks where there are none."""
+        g = Global._make((*refs[:10], refs[10] if self.has_sinks else None, refs[-1]))
 
         def allocated(queries: Any, *shared: Any) -> None:
             q, rows_out = queries
-            self._item(g, _Shared._make((q, rows_out, *shared)))
+            self._item(g, Shared._make((q, rows_out, *shared)))
 
         pl.run_scoped(allocated, *self._scratch(), collective_axes="warpgroup")
 
@@ -249,22 +181,23 @@ class _Prefill:
             plgpu.Barrier(num_barriers=1, num_arrivals=COMPUTE_WARPGROUPS),
         ]
 
-    def _item(self, g: _Global, s: _Shared) -> None:
+    def _item(self, g: Global, s: Shared) -> None:
         warpgroup = lax.axis_index("warpgroup")
         index = lax.axis_index("item")
-        item = self._read_item(g, index)
+        is_empty = g.num_tokens[index] == 0
 
-        @pl.when((item.num_tokens > 0) & (warpgroup < COMPUTE_WARPGROUPS))
+        # Each branch reads the item by itself: what lived across both would not fit the producer's registers.
+        @pl.when(jnp.logical_not(is_empty) & (warpgroup < COMPUTE_WARPGROUPS))
         def _() -> None:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            self._compute(g, s, item, warpgroup)
+            self._compute(g, s, self._read_item(g, index), warpgroup)
 
-        @pl.when((item.num_tokens > 0) & (warpgroup == COMPUTE_WARPGROUPS))
+        @pl.when(jnp.logical_not(is_empty) & (warpgroup == COMPUTE_WARPGROUPS))
         def _() -> None:
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            self._produce(g, s, item)
+            self._produce(g, s, self._read_item(g, index))
 
-    def _read_item(self, g: _Global, index: jax.Array) -> _Item:
+    def _read_item(self, g: Global, index: jax.Array) -> Item:
         block_kv = jnp.int32(self.tiles.block_kv)
         row, num_tokens = g.rows[index], g.num_tokens[index]
         first_position, computed = g.first_positions[index], g.computed_lens[index]
@@ -272,7 +205,7 @@ class _Prefill:
         window = self.sliding_window
         lowest = 0 if window is None else jnp.maximum(first_position - window + 1, 0)
         first_tile = lax.div(jnp.int32(lowest), block_kv)
-        return _Item(
+        return Item(
             row=row,
             first_token=g.first_tokens[index],
             num_tokens=num_tokens,
@@ -287,7 +220,7 @@ class _Prefill:
 
     # The producer.
 
-    def _produce(self, g: _Global, s: _Shared, item: _Item) -> None:
+    def _produce(self, g: Global, s: Shared, item: Item) -> None:
         stages = self.tiles.stages
 
         @pl.loop(0, item.num_tiles)
@@ -331,7 +264,7 @@ class _Prefill:
             plgpu.barrier_wait(s.k_free.at[slot])
             plgpu.barrier_wait(s.v_free.at[slot])
 
-    def _places(self, g: _Global, item: _Item, start: jax.Array) -> list[tuple[jax.Array, Any]]:
+    def _places(self, g: Global, item: Item, start: jax.Array) -> list[tuple[jax.Array, Any]]:
         """Block and offset in it of each copy of the tile at `start`; past the table's end, those of its last block."""
         block_size = self.geometry.block_size
         places = []
@@ -342,7 +275,7 @@ class _Prefill:
             places.append((g.block_tables[item.row, entry], offset))
         return places
 
-    def _zero_unread(self, tile: Any, item: _Item, start: jax.Array) -> None:
+    def _zero_unread(self, tile: Any, item: Item, start: jax.Array) -> None:
         """Zeroes the rows of a tile of V that no query may see: there might be nan, and 0 * nan is nan."""
         columns = math.gcd(self.geometry.head_dim, _ALIGNED)  # few: the producer has few registers
         for first in range(0, self.tiles.block_kv, ROWS):
@@ -356,7 +289,7 @@ class _Prefill:
 
     # The compute warpgroups.
 
-    def _compute(self, g: _Global, s: _Shared, item: _Item, warpgroup: jax.Array) -> None:
+    def _compute(self, g: Global, s: Shared, item: Item, warpgroup: jax.Array) -> None:
         first_token = item.first_token + warpgroup * self.tokens
         for head in range(self.heads):
             plgpu.copy_gmem_to_smem(
@@ -384,18 +317,18 @@ class _Prefill:
         result: jax.Array = acc * self.product.over_columns(1.0 / total, self.geometry.head_dim)
         self._store(g, s, item, warpgroup, result.astype(self.geometry.dtype))
 
-    def _start(self, g: _Global, item: _Item) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _start(self, g: Global, item: Item) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Weighted values, largest score and sum of weights before the first tile: a sink is a score without value."""
         acc = self.product.full((ROWS, self.geometry.head_dim), 0.0)
         if g.sinks is None:
-            return acc, self.product.full_rows(ROWS, _MASKED), self.product.full_rows(ROWS, 0.0)
+            return acc, self.product.full_rows(ROWS, _LOWEST), self.product.full_rows(ROWS, 0.0)
         head = self.product.iota((ROWS, 8), 0) // self.tokens
         sinks = self.product.full((ROWS, 8), 0.0)
         for index in range(self.heads):
             sinks = jnp.where(head == index, g.sinks[item.first_head + index] * _LOG2E, sinks)
         return acc, sinks.max(axis=1), self.product.full_rows(ROWS, 1.0)
 
-    def _ranges(self, item: _Item, position: jax.Array) -> list[tuple[Any, Any, bool]]:
+    def _ranges(self, item: Item, position: jax.Array) -> list[tuple[Any, Any, bool]]:
         """The steps of a warpgroup whose first query is at `position`: [first, last), and whether masks are needed."""
         block_kv = jnp.int32(self.tiles.block_kv)
         causal_edge = jnp.minimum(lax.div(position + 1, block_kv) - item.first_tile, item.num_tiles)
@@ -407,7 +340,7 @@ class _Prefill:
         return [(0, window_edge, True), (window_edge, causal_edge, False), (causal_edge, item.num_tiles, True)]
 
     def _step(
-        self, s: _Shared, item: _Item, warpgroup: jax.Array, position: jax.Array, masked: bool
+        self, s: Shared, item: Item, warpgroup: jax.Array, position: jax.Array, masked: bool
     ) -> Callable[..., Any]:
         def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, top, total = carry
@@ -457,14 +390,14 @@ class _Prefill:
             scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * unit / self.soft_cap)))
             unit = self.soft_cap * _LOG2E
         if visible is not None:
-            scores = jnp.where(visible, scores, _MASKED)
+            scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1) * unit)
         weights = jnp.exp2(scores * unit - self.product.over_columns(new_top, scores.shape[1]))
         return weights, new_top, jnp.exp2(top - new_top)
 
     # Results.
 
-    def _store(self, g: _Global, s: _Shared, item: _Item, warpgroup: jax.Array, result: jax.Array) -> None:
+    def _store(self, g: Global, s: Shared, item: Item, warpgroup: jax.Array, result: jax.Array) -> None:
         """Writes the warpgroup's tokens of the item, and no other: whole tiles at once, the others row by row."""
         first_token = item.first_token + warpgroup * self.tokens
         num_tokens = jnp.clip(item.num_tokens - warpgroup * self.tokens, 0, self.tokens)
@@ -489,7 +422,7 @@ class _Prefill:
 
         plgpu.wait_smem_to_gmem(0)
 
-    def _store_rows(self, g: _Global, item: _Item, rows: Any, first_token: jax.Array, num_tokens: jax.Array) -> None:
+    def _store_rows(self, g: Global, item: Item, rows: Any, first_token: jax.Array, num_tokens: jax.Array) -> None:
         @pl.loop(0, num_tokens)
         def _(token: jax.Array) -> None:
             for head in range(self.heads):
@@ -499,6 +432,6 @@ class _Prefill:
                 )
 
 
-def _take_turn(s: _Shared) -> None:
+def _take_turn(s: Shared) -> None:
     plgpu.barrier_arrive(s.turns.at[0])
     plgpu.barrier_wait(s.turns.at[0])

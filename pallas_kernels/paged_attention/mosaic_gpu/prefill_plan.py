@@ -10,6 +10,7 @@ import numpy as np
 from pallas_kernels.compat import register_pytree_dataclass
 from pallas_kernels.paged_attention.geometry import AttentionGeometry, padded
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import DTYPES, HEAD_DIMS
 
 MAX_DECODE_TOKENS = 16  # rows of up to this many query tokens belong to the decode kernel
 COMPUTE_WARPGROUPS = 2  # of a thread block, each with a part of its own of the item's tokens
@@ -37,6 +38,18 @@ class PrefillPlan:
 
 _FIELDS = tuple(field.name for field in dataclasses.fields(PrefillPlan))
 register_pytree_dataclass(PrefillPlan, _FIELDS)
+
+
+def check_prefill_supported(geometry: AttentionGeometry) -> None:
+    """NotImplementedError, with the reason, for geometries that this kernel cannot compute."""
+    if geometry.head_dim not in HEAD_DIMS:
+        raise NotImplementedError(f"mosaic_gpu prefill takes a head_dim of {HEAD_DIMS}, got {geometry.head_dim}")
+    if geometry.dtype not in DTYPES:
+        raise NotImplementedError(f"mosaic_gpu prefill takes bfloat16 or float16, got {geometry.dtype}")
+    if geometry.block_size % 8:
+        raise NotImplementedError(
+            f"mosaic_gpu prefill takes a block_size that is a multiple of 8, got {geometry.block_size}"
+        )
 
 
 def folded_heads(group: int) -> int:
