@@ -15,6 +15,7 @@ Check first head_dim 128, block size 64, one row of 64 tokens; then a row of 65;
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, decode_
 _COMPILER_PARAMS = plgpu.CompilerParams(
     approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=0
 )
+
+_ZEROED_COLUMNS = 64  # of V, at a time: beside an accumulator of 256 columns there are few registers
 
 
 def paged_decode(
@@ -333,10 +336,11 @@ class _Decode:
         decay = jnp.exp2(softmax.top - top)
         weights = jnp.exp2(scores - wg.over_columns(top, kv_tile))
         total = softmax.total * decay + weights.sum(axis=1)
+        rounded = weights.astype(self.dtype)  # before the wait, which frees registers
         acc = softmax.acc * wg.over_columns(decay, self.head_dim)
         plgpu.barrier_wait(shared.v_arrived.at[stage])
         self._zero_unseen_values(shared.v.at[stage], work, keys, start)
-        acc = wg.add_product(acc, weights.astype(self.dtype), shared.v.at[stage])
+        acc = wg.add_product(acc, rounded, shared.v.at[stage])
         plgpu.barrier_arrive(shared.v_free.at[stage])
         return Softmax(acc, top, total)
 
@@ -357,31 +361,36 @@ class _Decode:
             return (key < work.kv_hi) & (key >= keys.first_seen)
         shift = jnp.int32(self.token_rows.bit_length() - 1)
         query = lax.shift_right_logical(self.wg.iota(shape, 0), jnp.full(shape, shift)) + work.position
-        visible = key <= query
-        return visible if self.sliding_window is None else visible & (key > query - jnp.int32(self.sliding_window))
+        if self.sliding_window is None:
+            return key <= query
+        # One comparison and few registers: keys after the query are far away as unsigned numbers.
+        return (query - key).astype(jnp.uint32) < jnp.uint32(self.sliding_window)
 
     def _zero_unseen_values(self, values: Any, work: Work, keys: KeyRange, start: jax.Array) -> None:
         """Zeros values that no query of the item sees: they may be NaN, which a weight of 0 does not silence."""
 
+        columns = math.gcd(self.head_dim, _ZEROED_COLUMNS)
+
         @pl.when((start < keys.first_seen) | (start + self.tiles.kv_tile > work.kv_hi))
         def _() -> None:
-            position = self.wg.iota((self.tiles.kv_tile, self.head_dim), 0) + start
+            position = self.wg.iota((self.tiles.kv_tile, columns), 0) + start
             seen = (position >= keys.first_seen) & (position < work.kv_hi)
-            values[...] = jnp.where(seen, self.wg.load(values), jnp.zeros((), self.dtype))
+            for first in range(0, self.head_dim, columns):
+                part = values.at[:, pl.ds(first, columns)]
+                part[...] = jnp.where(seen, self.wg.load(part), jnp.zeros((), self.dtype))
             plgpu.commit_smem()  # wgmma reads by another path than stores write
 
     def _store(self, operands: Operands, shared: Shared, work: Work, softmax: Softmax) -> None:
         """Writes the result of an item that has all keys of its tokens; zeros where it has none."""
         wg, (acc, top, total) = self.wg, softmax
-        if self.has_sinks:
+        scale = jnp.where(total > 0.0, 1.0 / total, 0.0)
+        if self.has_sinks:  # the rest of the softmax, were the sink a key whose value is 0
             sink = wg.load_rows(operands.sinks.at[work.head])
             highest = jnp.maximum(top, sink)
             decay = jnp.exp2(top - highest)
-            total = total * decay + jnp.exp2(sink - highest)
-            acc = acc * wg.over_columns(decay, self.head_dim)
-        inverse = jnp.where(total > 0.0, 1.0 / total, 0.0)
+            scale = decay / (total * decay + jnp.exp2(sink - highest))
         _, result = shared.results
-        result[...] = (acc * wg.over_columns(inverse, self.head_dim)).astype(self.dtype)
+        result[...] = (acc * wg.over_columns(scale, self.head_dim)).astype(self.dtype)
         self._for_each_token(
             work,
             lambda index: plgpu.copy_smem_to_gmem(
