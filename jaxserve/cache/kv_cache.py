@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -11,7 +12,9 @@ from jax.typing import DTypeLike
 
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import TENSOR
-from pallas_kernels.paged_attention import POOL_HEAD_AXIS, pool_dtype, pool_shape
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.numerics import POOL_HEAD_AXIS, pool_dtype
+from pallas_kernels.pools import pool_shape_of
 
 LayerCache = tuple[jax.Array, jax.Array]  # one layer's K pool and V pool, in the attention backend's layout
 
@@ -25,19 +28,21 @@ def pool_partition_spec() -> PartitionSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
-    """Sizes of the cache, all layers alike; the attention backend decides the layout of a pool."""
+    """Sizes of the cache, all layers alike; the attention implementation decides the layout of a pool."""
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: DTypeLike
+    implementation: Implementation = "xla"
+    num_shards: int = 1  # devices that the KV heads are split over
 
     @property
     def block_bytes(self) -> int:
         """Bytes that one block takes over all layers, K and V, on all devices together."""
-        per_token = 2 * self.num_kv_heads * self.head_dim * jnp.dtype(self.dtype).itemsize
-        return self.num_layers * self.block_size * per_token
+        values = 2 * math.prod(self.layer_shape(1))  # with whatever the layout pads
+        return self.num_layers * values * jnp.dtype(self.dtype).itemsize
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Blocks that fit `num_bytes`; `ConfigError` if that is not even one to use."""
@@ -50,8 +55,18 @@ class KVCacheSpec:
         return int(num_blocks)
 
     def layer_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """Shape of one layer's K (or V) pool."""
-        return pool_shape(num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        """Shape of one layer's K (or V) pool, of all devices together."""
+        shape = list(
+            pool_shape_of(
+                self.implementation,
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                kv_heads=self.num_kv_heads // self.num_shards,
+                head_dim=self.head_dim,
+            )
+        )
+        shape[POOL_HEAD_AXIS] *= self.num_shards
+        return tuple(shape)
 
     def abstract(self, num_blocks: int, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the arrays that `allocate` makes."""

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 
 import jaxserve
 from jaxserve.cache.block_pool import BlockPool
-from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
 from jaxserve.engine.assembly import Assembly, OnProgress, Phases
@@ -49,15 +48,17 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         mesh = make_mesh(config.parallel.tensor_parallel_size)
     with phases.phase("open"):
         files = open_model(config.model)
-        settings, spec = _settings(config, files, mesh)
+        defaults = DeviceDefaults.of(mesh.devices.flat[0].platform)
+        settings = _settings(config, files, defaults)
         backend = choose_backend(
             files.decoder,
             dtype=files.dtype,
-            block_size=spec.block_size,
+            block_size=config.cache.block_size or defaults.block_size,
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
+    spec = graph.kv_cache_spec()
     buckets = _buckets(config, settings, mesh, files)
     assembly = Assembly(
         config=config,
@@ -93,11 +94,10 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     )
 
 
-def _settings(config: Config, files: ModelFiles, mesh: Mesh) -> tuple[SchedulerSettings, KVCacheSpec]:
-    defaults = DeviceDefaults.of(mesh.devices.flat[0].platform)
+def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:
     max_model_len = files.max_model_len(config.model.max_model_len)
     max_num_seqs = config.scheduler.max_num_seqs or defaults.max_num_seqs
-    settings = SchedulerSettings(
+    return SchedulerSettings(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens
         or max(defaults.max_num_batched_tokens, max_num_seqs),
@@ -106,14 +106,6 @@ def _settings(config: Config, files: ModelFiles, mesh: Mesh) -> tuple[SchedulerS
         max_queued_requests=config.scheduler.max_queued_requests,
         long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
     )
-    spec = KVCacheSpec(
-        num_layers=files.decoder.num_layers,
-        num_kv_heads=files.decoder.num_kv_heads,
-        head_dim=files.decoder.head_dim,
-        block_size=config.cache.block_size or defaults.block_size,
-        dtype=files.dtype,
-    )
-    return settings, spec
 
 
 def _buckets(config: Config, settings: SchedulerSettings, mesh: Mesh, files: ModelFiles) -> Buckets:

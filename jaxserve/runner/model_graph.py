@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.errors import ConfigError
 from jaxserve.layers.attention import AttentionBackend
 from jaxserve.layers.numerics import Numerics
@@ -59,6 +60,18 @@ class ModelGraph:
     def weight_rules(self) -> list[WeightRule]:
         """How every parameter is made of a checkpoint."""
         return self._family.weight_rules(self.config)
+
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """The KV cache that the model's attention reads."""
+        return KVCacheSpec(
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=self.backend.geometry.block_size,
+            dtype=self.backend.geometry.dtype,
+            implementation=self.backend.implementation,
+            num_shards=self.mesh.size,
+        )
 
     def head_names(self) -> list[str]:
         """The parameters that `logits` reads."""

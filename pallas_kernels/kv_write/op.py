@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write.rotation import rotate
 from pallas_kernels.kv_write.xla import kv_write_xla
-from pallas_kernels.numerics import POOL_DTYPES
+from pallas_kernels.pools import check_pools
 
 
 def _mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
@@ -19,25 +19,35 @@ def _mosaic_gpu(*args: Any) -> tuple[jax.Array, jax.Array]:
     return kv_write_mosaic_gpu(*args)
 
 
-_KERNELS: Mapping[Implementation, Callable[..., Any]] = {"mosaic_gpu": _mosaic_gpu, "xla": kv_write_xla}
+def _mosaic_tpu(*args: Any) -> tuple[jax.Array, jax.Array]:
+    from pallas_kernels.kv_write.mosaic_tpu import kv_write_mosaic_tpu  # as slow, for TPUs alone
+
+    return kv_write_mosaic_tpu(*args)
+
+
+_KERNELS: Mapping[Implementation, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "mosaic_gpu": _mosaic_gpu,
+    "mosaic_tpu": _mosaic_tpu,
+    "xla": kv_write_xla,
+}
 
 
 @functools.partial(jax.jit, static_argnames=("implementation",), inline=True)
 def kv_write(
     k: jax.Array,  # [tokens, kv_heads, head_dim]
     v: jax.Array,  # [tokens, kv_heads, head_dim]
-    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
+    k_pool: jax.Array,  # as pools.pool_shape_of has it
     v_pool: jax.Array,  # as k_pool
     slots: jax.Array,  # i32[tokens], block * block_size + offset; padding tokens point into block 0
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the pools with k and v written at `slots`; in place where the pools are donated.
 
     Slots other than those of block 0 are distinct. A slot outside the pool writes nothing.
     """
-    _check(k, v, k_pool, v_pool, slots)
-    return dispatch("kv_write", _KERNELS, implementation, k, v, k_pool, v_pool, slots)
+    _check(k, v, k_pool, v_pool, slots, implementation)
+    return _KERNELS[implementation](k, v, k_pool, v_pool, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("implementation",), inline=True)
@@ -49,7 +59,7 @@ def rotate_and_write(
     v_pool: jax.Array,
     slots: jax.Array,  # i32[tokens], as kv_write takes them
     *,
-    implementation: Implementation | None = None,
+    implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the rotated queries [tokens, kv_heads, group, head_dim] and the pools with rotated keys, and values.
 
@@ -61,7 +71,7 @@ def rotate_and_write(
         from pallas_kernels.kv_write.mosaic_gpu_rotation import rotate_and_write_mosaic_gpu, takes
 
         if takes(qkv, k_pool):
-            _check(qkv[:, :, -2], qkv[:, :, -1], k_pool, v_pool, slots)
+            _check(qkv[:, :, -2], qkv[:, :, -1], k_pool, v_pool, slots, implementation)
             return rotate_and_write_mosaic_gpu(qkv, cos, sin, k_pool, v_pool, slots)
     rotated = rotate(qkv[:, :, :-1], cos, sin)
     pools = kv_write(rotated[:, :, -1], qkv[:, :, -1], k_pool, v_pool, slots, implementation=implementation)
@@ -75,23 +85,18 @@ def _check_projections(qkv: jax.Array, cos: jax.Array, sin: jax.Array) -> None:
         raise ValueError(f"cos and sin must be [tokens, head_dim / 2] of qkv {qkv.shape}, got {cos.shape}, {sin.shape}")
 
 
-def _check(k: jax.Array, v: jax.Array, k_pool: jax.Array, v_pool: jax.Array, slots: jax.Array) -> None:
+def _check(
+    k: jax.Array,
+    v: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    slots: jax.Array,
+    implementation: Implementation,
+) -> None:
+    if implementation not in _KERNELS:
+        raise ValueError(f"kv_write: unknown implementation {implementation!r}; use one of {sorted(_KERNELS)}")
     if k.ndim != 3 or k.shape != v.shape:
         raise ValueError(f"k and v must both be [tokens, kv_heads, head_dim], got {k.shape} and {v.shape}")
-    check_pools(k_pool, v_pool)
-    if k_pool.shape[2:] != k.shape[1:]:
-        raise ValueError(f"pools hold [.., kv_heads, head_dim] = {k_pool.shape[2:]}, k and v have {k.shape[1:]}")
+    check_pools(k_pool, v_pool, implementation, kv_heads=k.shape[1], head_dim=k.shape[2])
     if slots.shape != k.shape[:1] or slots.dtype != jnp.int32:
         raise ValueError(f"slots must be i32[{k.shape[0]}], got {slots.dtype}{list(slots.shape)}")
-
-
-def check_pools(k_pool: jax.Array, v_pool: jax.Array) -> None:
-    """Raises ValueError unless both pools are [num_blocks, block_size, kv_heads, head_dim] of one pool dtype."""
-    if k_pool.ndim != 4 or k_pool.shape != v_pool.shape or k_pool.dtype != v_pool.dtype:
-        raise ValueError(
-            "pools must both be [num_blocks, block_size, kv_heads, head_dim] of one dtype, "
-            f"got {k_pool.dtype}{list(k_pool.shape)} and {v_pool.dtype}{list(v_pool.shape)}"
-        )
-    if k_pool.dtype not in POOL_DTYPES:
-        names = ", ".join(jnp.dtype(d).name for d in POOL_DTYPES)
-        raise ValueError(f"pool dtype {k_pool.dtype} is not supported; use one of {names} (uint16: bfloat16 bits)")

@@ -1,19 +1,15 @@
 """Attention of a ragged batch over a paged KV cache."""
 
-from pallas_kernels.numerics import POOL_HEAD_AXIS, pool_dtype, pool_shape
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.implementations import choose_implementation
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, build_metadata, metadata_shapes
 from pallas_kernels.paged_attention.op import paged_attention
 
 __all__ = [
-    "POOL_HEAD_AXIS",
     "AttentionGeometry",
     "AttentionMetadata",
     "build_metadata",
     "choose_implementation",
     "metadata_shapes",
     "paged_attention",
-    "pool_dtype",
-    "pool_shape",
 ]

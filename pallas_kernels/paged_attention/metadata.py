@@ -26,13 +26,14 @@ class AttentionMetadata:
     block_tables: jax.Array  # i32[rows, blocks_per_seq], 0 past a sequence's end
     plan: Any  # a pytree of i32 arrays: the implementation's own work list
     implementation: Implementation  # static: who made the plan, and computes it
+    geometry: AttentionGeometry  # static: what it was planned for
     num_tokens: int  # static: of the bucket
 
 
 jax.tree_util.register_dataclass(
     AttentionMetadata,
     data_fields=["query_starts", "kv_lens", "block_tables", "plan"],
-    meta_fields=["implementation", "num_tokens"],
+    meta_fields=["implementation", "geometry", "num_tokens"],
 )
 
 
@@ -64,7 +65,9 @@ def metadata_shapes(
     )
     # jax types its fields as arrays; here the leaves are their shapes.
     leaves: dict[str, Any] = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
-    return AttentionMetadata(**leaves, plan=plan, implementation=implementation, num_tokens=num_tokens)
+    return AttentionMetadata(
+        **leaves, plan=plan, implementation=implementation, geometry=geometry, num_tokens=num_tokens
+    )
 
 
 def build_metadata(
@@ -100,7 +103,9 @@ def build_metadata(
         has_prefill=has_prefill,
     )
     leaves: dict[str, Any] = {"query_starts": starts, "kv_lens": padded(kv_lens, num_rows), "block_tables": tables}
-    return AttentionMetadata(**leaves, plan=plan, implementation=implementation, num_tokens=num_tokens)
+    return AttentionMetadata(
+        **leaves, plan=plan, implementation=implementation, geometry=geometry, num_tokens=num_tokens
+    )
 
 
 def _check_batch(query_lens: np.ndarray, kv_lens: np.ndarray, block_tables: np.ndarray, block_size: int) -> None:

@@ -5,15 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.kv_write.op import check_pools
 from pallas_kernels.paged_attention.implementations import implementation_of
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
+from pallas_kernels.pools import check_pools
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "sliding_window", "soft_cap"), inline=True)
 def paged_attention(
     q: jax.Array,  # [tokens, q_heads, head_dim]
-    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
+    k_pool: jax.Array,  # as pools.pool_shape_of has it
     v_pool: jax.Array,  # as k_pool
     metadata: AttentionMetadata,
     *,
@@ -53,15 +53,17 @@ def _check(
     soft_cap: float | None,
     sinks: jax.Array | None,
 ) -> None:
-    check_pools(k_pool, v_pool)
+    geometry = metadata.geometry
+    check_pools(k_pool, v_pool, metadata.implementation, kv_heads=geometry.kv_heads, head_dim=geometry.head_dim)
     if q.ndim != 3 or not jnp.issubdtype(q.dtype, jnp.floating):
         raise ValueError(f"q must be floating [tokens, q_heads, head_dim], got {q.dtype}{list(q.shape)}")
-    kv_heads, head_dim = k_pool.shape[2:]
-    if q.shape[2] != head_dim or q.shape[1] % kv_heads:
+    if q.shape[1:] != (geometry.q_heads, geometry.head_dim):
         raise ValueError(
-            f"q has {q.shape[1]} heads of {q.shape[2]}, the pools {kv_heads} of {head_dim}; "
-            "head_dim must be equal and q_heads a multiple of kv_heads"
+            f"metadata was built for {geometry.q_heads} query heads of {geometry.head_dim}, "
+            f"q has {q.shape[1]} of {q.shape[2]}"
         )
+    if k_pool.shape[1] != geometry.block_size:
+        raise ValueError(f"metadata was built for blocks of {geometry.block_size}, the pools have {k_pool.shape[1]}")
     if metadata.num_tokens != q.shape[0]:
         raise ValueError(f"metadata was built for {metadata.num_tokens} tokens, q has {q.shape[0]}")
     if sliding_window is not None and sliding_window < 1:

@@ -20,7 +20,7 @@ def make_inputs(case):
     return kv, pools, np.asarray(case.slots, np.int32), stored
 
 
-@pytest.mark.parametrize("implementation", ["xla", None])
+@pytest.mark.parametrize("implementation", ["xla"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference_outside_of_block_0(case, implementation):
     (k, v), (k_pool, v_pool), slots, stored = make_inputs(case)
@@ -50,11 +50,11 @@ def test_wrong_arguments_raise_value_error():
     k, slots = jnp.zeros((4, 3, 64)), jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="must both be"):
         kv_write(k, k[:2], pool, pool, slots)
-    with pytest.raises(ValueError, match="pools hold"):
+    with pytest.raises(ValueError, match="pools of 2 KV heads of 64 are"):
         kv_write(k[:, :2], k[:, :2], pool, pool, slots)
     with pytest.raises(ValueError, match="slots must be"):
         kv_write(k, k, pool, pool, slots[:2])
-    with pytest.raises(ValueError, match="of one dtype"):
+    with pytest.raises(ValueError, match="one dtype"):
         kv_write(k, k, pool, pool.astype(jnp.float16), slots)
     with pytest.raises(ValueError, match="unknown implementation"):
         kv_write(k, k, pool, pool, slots, implementation="triton")

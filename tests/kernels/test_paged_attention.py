@@ -158,10 +158,12 @@ def test_wrong_arguments_raise_value_error():
     case = BY_NAME["block_edges"]
     inputs = make_inputs(case)
     wrong = {
-        "q_heads a multiple": {"q": inputs.q[:, :5]},
-        "head_dim must be equal": {"q": inputs.q[..., :32]},
+        "6 query heads of 64": {"q": inputs.q[:, :5]},
+        "q has 6 of 32": {"q": inputs.q[..., :32]},
         "8 tokens": {"q": inputs.q[:4]},
         "one dtype": {"k_pool": inputs.k_pool[:-1]},
+        "KV heads of 64 are": {"k_pool": inputs.k_pool[:, :, :1], "v_pool": inputs.v_pool[:, :, :1]},
+        "blocks of 16": {"k_pool": inputs.k_pool[:, :8], "v_pool": inputs.v_pool[:, :8]},
         "not supported": {"k_pool": inputs.k_pool.astype(jnp.int8), "v_pool": inputs.v_pool.astype(jnp.int8)},
     }
     for message, change in wrong.items():

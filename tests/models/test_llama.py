@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.config import ModelSettings
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder
@@ -61,13 +60,7 @@ def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
     backend = choose_backend(files.decoder, dtype=files.dtype, block_size=BLOCK_SIZE, mesh=make_mesh())
     graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     params = load_weights(files, graph, lambda *_: None)
-    spec = KVCacheSpec(
-        num_layers=files.decoder.num_layers,
-        num_kv_heads=files.decoder.num_kv_heads,
-        head_dim=files.decoder.head_dim,
-        block_size=BLOCK_SIZE,
-        dtype=files.dtype,
-    )
+    spec = graph.kv_cache_spec()
     slots = SlotTable(max_num_seqs=2, max_blocks_per_seq=8)
     num_blocks = -(-len(token_ids) // BLOCK_SIZE)
     new = NewSlot(

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.config import ModelSettings
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
@@ -22,7 +21,7 @@ from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.programs import Programs, ProgramShapes
 from tests.checkpoints import save_random_llama
 
-NUM_BLOCKS = 1777  # a number that no other array of the step has
+NUM_BLOCKS = 3559  # a number that no other array of the step has
 BLOCK_SIZE = 16
 
 
@@ -30,13 +29,7 @@ def programs_of(folder: Path, dtype: str) -> tuple[Programs, ProgramShapes]:
     files = open_model(ModelSettings(model=str(folder), dtype=dtype))
     backend = choose_backend(files.decoder, dtype=files.dtype, block_size=BLOCK_SIZE, mesh=make_mesh())
     graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
-    spec = KVCacheSpec(
-        num_layers=files.decoder.num_layers,
-        num_kv_heads=files.decoder.num_kv_heads,
-        head_dim=files.decoder.head_dim,
-        block_size=BLOCK_SIZE,
-        dtype=files.dtype,
-    )
+    spec = graph.kv_cache_spec()
     shapes = ProgramShapes(
         buckets=Buckets((2, 128), (2, 16)), kv_spec=spec, num_blocks=NUM_BLOCKS, max_num_seqs=16, max_model_len=256
     )
