@@ -297,22 +297,31 @@ class _Kernel:
     def _attend(self, item: _Item, first: jax.Array, buffer: jax.Array, rows: Any, *, masks: bool) -> None:
         settings = self.settings
         is_seen = self._seen(item, first) if masks else None
-        for group in range(settings.groups):
-            lanes = pl.ds(group * settings.group_lanes, settings.group_lanes)
-            scores = _dot(self.queries[group], self.k_buffer[buffer, rows, lanes], contract=1) * settings.scale
-            if settings.soft_cap is not None:
-                scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
-            if is_seen is not None:
-                scores = jnp.where(is_seen, scores, MASKED)
-            old_top = self.top[group]
-            top = jnp.maximum(old_top, jnp.max(scores, axis=1, keepdims=True))
-            weights = jnp.exp(scores - top[:, :1])
-            shrink = jnp.exp(old_top - top)
-            self.top[group] = top
-            self.total[group] = shrink * self.total[group] + jnp.sum(weights, axis=1, keepdims=True)
-            values = self.v_buffer[buffer, rows, lanes]
-            added = _dot(weights.astype(values.dtype), values, contract=0)
-            self.weighted[group] = shrink[:, :1] * self.weighted[group] + added
+
+        def attend_groups(index: jax.Array, carry: None) -> None:
+            for offset in range(settings.groups_at_once):
+                self._attend_group(index * settings.groups_at_once + offset, buffer, rows, is_seen)
+            return carry
+
+        jax.lax.fori_loop(0, settings.groups // settings.groups_at_once, attend_groups, None)
+
+    def _attend_group(self, group: jax.Array, buffer: jax.Array, rows: Any, is_seen: jax.Array | None) -> None:
+        settings = self.settings
+        lanes = pl.ds(pl.multiple_of(group * settings.group_lanes, settings.group_lanes), settings.group_lanes)
+        scores = _dot(self.queries[group], self.k_buffer[buffer, rows, lanes], contract=1) * settings.scale
+        if settings.soft_cap is not None:
+            scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
+        if is_seen is not None:
+            scores = jnp.where(is_seen, scores, MASKED)
+        old_top = self.top[group]
+        top = jnp.maximum(old_top, jnp.max(scores, axis=1, keepdims=True))
+        weights = jnp.exp(scores - top[:, :1])
+        shrink = jnp.exp(old_top - top)
+        self.top[group] = top
+        self.total[group] = shrink * self.total[group] + jnp.sum(weights, axis=1, keepdims=True)
+        values = self.v_buffer[buffer, rows, lanes]
+        added = _dot(weights.astype(values.dtype), values, contract=0)
+        self.weighted[group] = shrink[:, :1] * self.weighted[group] + added
 
     def _seen(self, item: _Item, first: jax.Array) -> jax.Array:
         """bool[group_rows, kv_chunk]: keys that a row's token sees."""
