@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,20 +15,20 @@ from jax.stages import Lowered
 from jaxserve.parallel.mesh import replicated
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write import kv_write, rotate_and_write
-from pallas_kernels.numerics import pool_shape
 from pallas_kernels.paged_attention import (
     AttentionGeometry,
     choose_implementation,
     metadata_shapes,
     paged_attention,
 )
+from pallas_kernels.pools import pool_shape_of
 from tests.compile_check.jobs import Job, Limits
 from tests.compile_check.targets import Device, Target
 
 _NUM_BLOCKS = 1009  # a prime, so that no other array has the size of a pool
 _CONTEXT = 8192  # tokens a sequence may have
 
-_IMPLEMENTATION: dict[str, Implementation] = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
+IMPLEMENTATION: dict[str, Implementation] = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
 LLAMA_8B = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
 
@@ -80,6 +81,8 @@ _TPU: _Table = (
      (DECODE, MIXED)),
     ("llama 70B on 8", replace(_LLAMA_TPU, q_heads=8, kv_heads=1), Options(), (DECODE, MIXED)),
     ("SmolLM2 135M", replace(_LLAMA_TPU, q_heads=9, kv_heads=3, head_dim=64), Options(), (DECODE, MIXED)),
+    ("no groups of 80", replace(_LLAMA_TPU, q_heads=32, kv_heads=32, head_dim=80), Options(), (DECODE, MIXED)),
+    ("llama 8B on 4, float32", replace(_LLAMA_TPU, q_heads=8, kv_heads=2, dtype="float32"), Options(), (MIXED,)),
 )  # fmt: skip
 
 
@@ -109,8 +112,8 @@ def _attention_job(target: Target, name: str, geometry: AttentionGeometry, optio
     return Job(
         name=name,
         target=target,
-        lower=partial(_lower_attention, _IMPLEMENTATION[target.platform], geometry, options, batch),
-        limits=_pool_limits(geometry),
+        lower=partial(_lower_attention, IMPLEMENTATION[target.platform], geometry, options, batch),
+        limits=_pool_limits(geometry, IMPLEMENTATION[target.platform]),
     )
 
 
@@ -120,8 +123,8 @@ def _kv_write_job(target: Target, num_tokens: int) -> Job:
     return Job(
         name=f"kv_write, llama 8B, {num_tokens} tokens",
         target=target,
-        lower=partial(_lower_kv_write, _IMPLEMENTATION[target.platform], geometry, num_tokens),
-        limits=_pool_limits(geometry),
+        lower=partial(_lower_kv_write, IMPLEMENTATION[target.platform], geometry, num_tokens),
+        limits=_pool_limits(geometry, IMPLEMENTATION[target.platform]),
     )
 
 
@@ -130,17 +133,27 @@ def _rotation_job(name: str, geometry: AttentionGeometry, num_tokens: int) -> Jo
         name=f"rotate_and_write, {name}, {num_tokens} tokens",
         target=Target(device="h100", num_devices=1),
         lower=partial(_lower_rotation, geometry, num_tokens),
-        limits=_pool_limits(geometry),
+        limits=_pool_limits(geometry, "mosaic_gpu"),
     )
 
 
-def _pool_limits(geometry: AttentionGeometry) -> Limits:
-    elements = _NUM_BLOCKS * geometry.block_size * geometry.kv_heads * geometry.head_dim
+def _pool_shape(geometry: AttentionGeometry, implementation: Implementation) -> tuple[int, ...]:
+    return pool_shape_of(
+        implementation,
+        num_blocks=_NUM_BLOCKS,
+        block_size=geometry.block_size,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+    )
+
+
+def _pool_limits(geometry: AttentionGeometry, implementation: Implementation) -> Limits:
+    elements = math.prod(_pool_shape(geometry, implementation))
     return Limits(pool_elements=elements, max_temp_bytes=elements * jnp.dtype(geometry.dtype).itemsize)
 
 
-def _pool(geometry: AttentionGeometry, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    shape = pool_shape(_NUM_BLOCKS, geometry.block_size, geometry.kv_heads, geometry.head_dim)
+def _pool(geometry: AttentionGeometry, implementation: Implementation, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    shape = _pool_shape(geometry, implementation)
     return jax.ShapeDtypeStruct(shape, jnp.dtype(geometry.dtype), sharding=replicated(mesh))
 
 
@@ -182,7 +195,7 @@ def _lower_attention(
         return attended, pools
 
     operands = _placed((q, kv, kv), mesh)
-    pools = (_pool(geometry, mesh),) * 2
+    pools = (_pool(geometry, implementation, mesh),) * 2
     rest = _placed((slots, metadata, sinks), mesh)
     return jax.jit(layer, donate_argnames="pools").lower(*operands, pools, *rest)
 
@@ -197,7 +210,7 @@ def _lower_kv_write(
         return kv_write(k, v, *pools, slots, implementation=implementation)
 
     k, v, slots = _placed((kv, kv, slots), mesh)
-    return jax.jit(write, donate_argnames="pools").lower(k, v, (_pool(geometry, mesh),) * 2, slots)
+    return jax.jit(write, donate_argnames="pools").lower(k, v, (_pool(geometry, implementation, mesh),) * 2, slots)
 
 
 def _lower_rotation(geometry: AttentionGeometry, num_tokens: int, mesh: Mesh) -> Lowered:
@@ -209,4 +222,5 @@ def _lower_rotation(geometry: AttentionGeometry, num_tokens: int, mesh: Mesh) ->
     angle = jax.ShapeDtypeStruct((num_tokens, geometry.head_dim // 2), jnp.float32)
     slots = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
     qkv, cos, sin, slots = _placed((qkv, angle, angle, slots), mesh)
-    return jax.jit(run, donate_argnames="pools").lower(qkv, cos, sin, (_pool(geometry, mesh),) * 2, slots)
+    pools = (_pool(geometry, "mosaic_gpu", mesh),) * 2
+    return jax.jit(run, donate_argnames="pools").lower(qkv, cos, sin, pools, slots)

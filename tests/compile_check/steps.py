@@ -18,6 +18,7 @@ from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.programs import Programs, ProgramShapes
 from jaxserve.sampling.inputs import VARIANTS, Variant
 from tests.compile_check.jobs import Job, Limits
+from tests.compile_check.kernels import IMPLEMENTATION
 from tests.compile_check.targets import Target
 
 REDUCED_LAYERS = 2  # all layers are alike: two show what a layer costs, and what lies between two
@@ -86,6 +87,8 @@ class Deployment:
             head_dim=decoder.head_dim,
             block_size=self.block_size,
             dtype=jnp.bfloat16,
+            implementation=IMPLEMENTATION[self.target.platform],
+            num_shards=self.target.num_devices,
         )
 
     @property
