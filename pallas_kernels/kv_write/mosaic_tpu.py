@@ -59,6 +59,8 @@ def kv_write_mosaic_tpu(
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     tokens = pl.BlockSpec((chunk, lanes), lambda step, *_: (step, 0))
     pool = jax.ShapeDtypeStruct(k_pool.shape, k_pool.dtype)
+    if not interpret:  # XLA would copy pools smaller than VMEM to it, whole
+        k_pool, v_pool = (pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in (k_pool, v_pool))
     k_pool, v_pool = pl.pallas_call(
         _kernel,
         out_shape=(pool, pool),

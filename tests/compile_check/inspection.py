@@ -76,17 +76,30 @@ def pool_makers(hlo: str, pool_elements: int) -> list[str]:
     ]
 
 
-def longest_sort(hlo: str) -> int:
-    """Elements along the axis of the longest sort; 0 without one.
+def sort_lengths(hlo: str) -> list[int]:
+    """Elements along the axis of each sort.
 
-    >>> longest_sort("  %sort.1 = f32[8,1002]{1,0} sort(%a), dimensions={1}, to_apply=%less")
-    1002
+    >>> sort_lengths("  %sort.1 = f32[8,1002]{1,0} sort(%a), dimensions={1}, to_apply=%less")
+    [1002]
     """
-    lengths = [0]
+    lengths = []
     for instruction in instructions(hlo):
         if instruction.opcode == "sort" and (dimension := _SORT_DIMENSION.search(instruction.line)):
             lengths.append(instruction.shapes[0][int(dimension[1])])
-    return max(lengths)
+    return lengths
+
+
+def sorts_vocabulary(hlo: str, vocab_size: int, num_shards: int) -> list[int]:
+    """Lengths of sorts along the vocabulary or a device's share of it, padded by up to 128 elements.
+
+    >>> sorts_vocabulary("  %sort.1 = f32[8,1024]{1,0} sort(%a), dimensions={1}, to_apply=%less", 4000, 4)
+    [1024]
+    """
+    return [
+        length
+        for length in sort_lengths(hlo)
+        if any(size <= length <= size + 128 for size in (vocab_size, vocab_size // num_shards))
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

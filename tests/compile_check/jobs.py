@@ -17,8 +17,10 @@ class Limits:
     """What is held against a compiled program; None: nothing to hold it to. Sizes are those of one device."""
 
     pool_elements: int | None = None  # no instruction but a kernel may make an array of this size
-    max_temp_bytes: int | None = None  # of temporaries, exclusive: the bytes of a pool
-    vocab_size: int | None = None  # no sort along an axis of so many elements
+    max_temp_bytes: int | None = None  # of temporaries: what the step's activations may take
+    vocab_size: int | None = None  # of the model: no sort along that axis, whole or a device's share
+    num_shards: int = 1  # devices that the vocabulary is split over
+    max_spill_bytes: int = 0  # registers that a kernel is known to spill; more is a failure
     max_collectives: int = 0
 
 

@@ -150,7 +150,7 @@ DEPLOYMENTS = (
 
 # What the sampler's programs take to choose from a vocabulary that is split over devices, as counted; a number that
 # grows is a change somebody should see.
-_SAMPLE_COLLECTIVES = {"cuda": 8, "tpu": 60}
+_SAMPLE_COLLECTIVES = {"cuda": 14, "tpu": 60}
 
 
 def step_jobs(*, full: bool) -> list[Job]:
@@ -175,12 +175,20 @@ def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bo
         lower=partial(_lower_forward, deployment, layers, num_tokens),
         limits=Limits(
             pool_elements=pool_bytes // jnp.dtype(jnp.bfloat16).itemsize,
-            max_temp_bytes=pool_bytes,
-            vocab_size=deployment.decoder.vocab_size // num_devices,
+            max_temp_bytes=_activation_bytes(deployment.decoder, num_tokens, num_devices) + (64 << 20),
+            vocab_size=deployment.decoder.vocab_size,
+            num_shards=num_devices,
             # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
             max_collectives=2 * layers + 1 if num_devices > 1 else 0,
         ),
         layers=layers,
+    )
+
+
+def _activation_bytes(decoder: DecoderConfig, num_tokens: int, num_devices: int) -> int:
+    """What a step may hold at once: hidden states a few times over, and a device's share of gate and up."""
+    return (
+        num_tokens * jnp.dtype(jnp.bfloat16).itemsize * (6 * decoder.hidden_size + 4 * decoder.ffn_size // num_devices)
     )
 
 
@@ -191,7 +199,8 @@ def _sample_job(deployment: Deployment, variant: Variant) -> Job:
         target=deployment.target,
         lower=partial(_lower_sample, deployment, variant),
         limits=Limits(
-            vocab_size=deployment.decoder.vocab_size // num_devices,
+            vocab_size=deployment.decoder.vocab_size,
+            num_shards=num_devices,
             max_collectives=_SAMPLE_COLLECTIVES[deployment.target.platform] if num_devices > 1 else 0,
         ),
         has_kernels=False,

@@ -33,7 +33,7 @@ def run(job: Job, dump_folder: Path) -> Result:
     _measure(compiled, result)
     _judge(compiled.as_text() or "", job.limits, result)
     if job.target.platform == "cuda" and job.has_kernels:
-        _judge_kernels(inspection.kernel_reports(dump_folder), result)
+        _judge_kernels(inspection.kernel_reports(dump_folder), job.limits, result)
     return result
 
 
@@ -59,13 +59,13 @@ def _judge(hlo: str, limits: Limits, result: Result) -> None:
     if limits.pool_elements is not None and (makers := inspection.pool_makers(hlo, limits.pool_elements)):
         result.failures.append(f"makes arrays as large as a pool: {', '.join(sorted(set(makers)))}")
     if limits.max_temp_bytes is not None and (result.temp_bytes or 0) >= limits.max_temp_bytes:
-        result.failures.append(f"temporaries of {result.temp_bytes} bytes, a pool has {limits.max_temp_bytes}")
-    longest = inspection.longest_sort(hlo)
-    if limits.vocab_size is not None and longest >= limits.vocab_size:
-        result.failures.append(f"sorts {longest} elements, the vocabulary of {limits.vocab_size}")
+        result.failures.append(f"temporaries of {result.temp_bytes} bytes, {limits.max_temp_bytes} are expected")
+    if limits.vocab_size is not None:
+        for length in inspection.sorts_vocabulary(hlo, limits.vocab_size, limits.num_shards):
+            result.failures.append(f"sorts {length} elements, the vocabulary of {limits.vocab_size}")
 
 
-def _judge_kernels(reports: list[inspection.KernelReport], result: Result) -> None:
+def _judge_kernels(reports: list[inspection.KernelReport], limits: Limits, result: Result) -> None:
     if not reports:
         result.failures.append("no kernel left a report of its registers: none was compiled")
         return
@@ -73,7 +73,7 @@ def _judge_kernels(reports: list[inspection.KernelReport], result: Result) -> No
     result.spill_bytes = max(report.spill_bytes for report in reports)
     result.shared_bytes = max(report.shared_bytes for report in reports)
     for report in reports:
-        if report.spill_bytes:
+        if report.spill_bytes > limits.max_spill_bytes:
             result.failures.append(f"kernel {report.name} spills registers: {report.spill_bytes} bytes")
         result.failures.extend(f"kernel {report.name}: {warning}" for warning in set(report.warnings))
 
