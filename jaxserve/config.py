@@ -108,7 +108,7 @@ class RuntimeSettings(_Settings):
     """Devices, kernels and compilation."""
 
     device: Literal["auto", "cpu", "cuda", "tpu"] = Field(default="auto", description="Where the model runs.")
-    attention_backend: Literal["auto", "xla", "mosaic_gpu", "mosaic_tpu"] = Field(
+    attention_backend: Literal["auto", "xla", "mosaic_gpu", "mosaic_tpu", "native_cpu"] = Field(
         default="auto", description="Attention kernels; auto takes the best that runs on the device."
     )
     compilation_cache_dir: str | None = Field(
@@ -292,7 +292,7 @@ def _check_steps(config: Config) -> None:
 
 
 def _check_runtime(runtime: RuntimeSettings) -> None:
-    needed = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}.get(runtime.attention_backend)
+    needed = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu", "native_cpu": "cpu"}.get(runtime.attention_backend)
     if needed is not None and runtime.device not in ("auto", needed):
         raise ConfigError(
             f"attention_backend {runtime.attention_backend!r} needs device {needed!r}, got {runtime.device!r}"

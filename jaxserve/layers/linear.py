@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.numerics import Numerics
+from pallas_kernels.matmul import matmul
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
@@ -20,26 +20,16 @@ def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DType
 def product(
     x: Float[Array, "tokens in_features"],
     weight: Float[Array, "... in_features"],
+    numerics: Numerics,
     out_dtype: DTypeLike,
-    *,
-    max_weight_first: int = 0,
 ) -> Float[Array, "tokens ..."]:
-    """`x @ weight.T` over the last axis of both, accumulated in float32; for `max_weight_first` see `Numerics`.
+    """`x @ weight.T` over the last axis of both, accumulated in float32.
 
     The weight is flattened to two axes first: of a product with more, XLA:CPU makes a transposed copy at every step.
     """
     flat = weight.reshape(-1, weight.shape[-1])
-    x = x.astype(weight.dtype)
-    weight_first = 2 <= x.shape[0] <= max_weight_first
-    y = lax.dot_general(
-        *((flat, x) if weight_first else (x, flat)),
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32 if out_dtype == jnp.float32 else None,
-        precision=lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
-    )
-    if weight_first:
-        y = lax.optimization_barrier(y).T  # or XLA turns the product around again
-    return y.astype(out_dtype).reshape(x.shape[0], *weight.shape[:-1])
+    y = matmul(x, flat, out_dtype=out_dtype, implementation=numerics.products)
+    return y.reshape(x.shape[0], *weight.shape[:-1])
 
 
 class Linear(nnx.Module):
@@ -60,7 +50,7 @@ class Linear(nnx.Module):
         self.numerics = numerics
 
     def __call__(self, x: Float[Array, "tokens in_features"]) -> Float[Array, "tokens ..."]:
-        y = product(x, self.weight[...], self.numerics.activations, max_weight_first=self.numerics.max_weight_first)
+        y = product(x, self.weight[...], self.numerics, self.numerics.activations)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
@@ -76,4 +66,4 @@ class Embedding(nnx.Module):
 
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         """Unnormalised scores over the vocabulary, float32."""
-        return product(hidden, self.weight[...], jnp.float32, max_weight_first=self.numerics.max_weight_first)
+        return product(hidden, self.weight[...], self.numerics, jnp.float32)

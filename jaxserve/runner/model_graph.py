@@ -33,7 +33,9 @@ class ModelGraph:
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
         self.config = replace(config, num_shards=backend.mesh.size)
         platform = backend.mesh.devices.flat[0].platform
-        self.numerics = Numerics.for_platform(platform, dtype)
+        # XLA splits its own products over a mesh; of a custom call it would gather the operands.
+        native = backend.implementation == "native_cpu" and backend.mesh.size == 1
+        self.numerics = Numerics.for_platform(platform, dtype, native=native)
         self._family = family(config.architecture)
         model = self._family(self.config, numerics=self.numerics, backend=backend)
         self._graph, state = nnx.split(model)

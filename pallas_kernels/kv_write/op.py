@@ -28,6 +28,7 @@ def _mosaic_tpu(*args: Any) -> tuple[jax.Array, jax.Array]:
 _KERNELS: Mapping[Implementation, Callable[..., tuple[jax.Array, jax.Array]]] = {
     "mosaic_gpu": _mosaic_gpu,
     "mosaic_tpu": _mosaic_tpu,
+    "native_cpu": kv_write_xla,  # which is as fast; rotate_and_write is what a step runs
     "xla": kv_write_xla,
 }
 
@@ -73,6 +74,11 @@ def rotate_and_write(
         if takes(qkv, k_pool):
             _check(qkv[:, :, -2], qkv[:, :, -1], k_pool, v_pool, slots, implementation)
             return rotate_and_write_mosaic_gpu(qkv, cos, sin, k_pool, v_pool, slots)
+    if implementation == "native_cpu":
+        from pallas_kernels.kv_write.native_cpu import rotate_and_write_native_cpu  # may compile, for CPUs alone
+
+        _check(qkv[:, :, -2], qkv[:, :, -1], k_pool, v_pool, slots, implementation)
+        return rotate_and_write_native_cpu(qkv, cos, sin, k_pool, v_pool, slots)
     rotated = rotate(qkv[:, :, :-1], cos, sin)
     pools = kv_write(rotated[:, :, -1], qkv[:, :, -1], k_pool, v_pool, slots, implementation=implementation)
     return rotated[:, :, :-1], *pools

@@ -20,7 +20,7 @@ def make_inputs(case):
     return kv, pools, np.asarray(case.slots, np.int32), stored
 
 
-@pytest.mark.parametrize("implementation", ["xla"])
+@pytest.mark.parametrize("implementation", ["xla", "native_cpu"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_reference_outside_of_block_0(case, implementation):
     (k, v), (k_pool, v_pool), slots, stored = make_inputs(case)

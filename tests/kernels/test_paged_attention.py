@@ -17,7 +17,13 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.cases import CASES, Case, Inputs, make_inputs
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "native_cpu")
+SERVED = [
+    pytest.param(case, implementation, id=f"{case.name}-{implementation}")
+    for case in CASES
+    for implementation in IMPLEMENTATIONS
+    if implementation == "xla" or case.dtype != "float16"
+]
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -51,20 +57,23 @@ def expected(case: Case, inputs: Inputs) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "implementation"), SERVED)
 def test_agrees_with_the_reference(case, implementation):
     inputs = make_inputs(case, implementation=implementation)
     np.testing.assert_allclose(attend(case, inputs), expected(case, inputs), **tolerance(case.dtype))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("unread", [np.nan, np.inf, 1e30])
 @pytest.mark.parametrize(
-    "name", ["decodes_and_prefills", "sliding_window", "padding_rows_and_tokens", "window_in_a_small_bucket", "float16"]
+    ("case", "implementation"),
+    [
+        param
+        for param in SERVED
+        if param.values[0].name
+        in {"decodes_and_prefills", "sliding_window", "padding_rows_and_tokens", "window_in_a_small_bucket", "float16"}
+    ],
 )
-def test_slots_that_nobody_may_read_never_leak(name, unread, implementation):
-    case = BY_NAME[name]
+def test_slots_that_nobody_may_read_never_leak(case, unread, implementation):
     if case.dtype == "float16":
         unread = np.float16(6e4) if unread == 1e30 else unread
     clean, dirty = (
@@ -125,8 +134,7 @@ def test_a_prompt_in_chunks_gets_what_it_gets_at_once(implementation):
         np.testing.assert_allclose(chunk[:new], at_once[computed : computed + new], **tolerance("float32"))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(("case", "implementation"), SERVED)
 def test_metadata_has_the_shapes_that_were_announced(case, implementation):
     metadata = make_inputs(case, implementation=implementation).metadata
     announced = metadata_shapes(
@@ -142,9 +150,14 @@ def test_metadata_has_the_shapes_that_were_announced(case, implementation):
     assert shapes[0] == shapes[1]
 
 
-def test_xla_serves_a_cpu():
+def test_a_cpu_is_served_by_its_native_kernels_and_xla_where_they_do_not_fit():
     geometry = BY_NAME["block_edges"].geometry
-    assert choose_implementation(None, geometry, platform="cpu") == ("xla", [])
+    assert choose_implementation(None, geometry, platform="cpu") == ("native_cpu", [])
+    half = BY_NAME["float16"].geometry
+    refusal = "native_cpu: pools are float32 or bfloat16, not float16"
+    assert choose_implementation(None, half, platform="cpu") == ("xla", [refusal])
+    with pytest.raises(NotImplementedError, match="not float16"):
+        choose_implementation("native_cpu", half, platform="cpu")
     assert choose_implementation("xla", geometry, platform="gpu") == ("xla", [])
 
 

@@ -43,12 +43,12 @@ def compile_step(num_tokens: int, dtype: str, has_prefill: bool):
     return jax.jit(step, donate_argnums=1).lower(q, pools, slots, metadata).compile()
 
 
-def pool_sized_instructions(hlo: str) -> list[str]:
+def pool_sized_instructions(hlo: str, shape: tuple[int, ...] = SHAPE) -> list[str]:
     """Opcodes of instructions whose result is as large as a pool, fusions by the names of what they hold."""
     found = []
     for line in hlo.splitlines():
         match = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\(?)\w+\[([\d,]*)\]\S* ([\w\-]+)\(", line)
-        if match and not match[1] and np.prod([int(n) for n in match[2].split(",") if n] or [1]) == np.prod(SHAPE):
+        if match and not match[1] and np.prod([int(n) for n in match[2].split(",") if n] or [1]) == np.prod(shape):
             found.append(match[3])
     return [opcode for opcode in found if opcode not in FREE]
 

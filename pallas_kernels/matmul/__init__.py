@@ -1,0 +1,5 @@
+"""Matrix products of a step's tokens with a checkpoint's weights."""
+
+from pallas_kernels.matmul.op import matmul
+
+__all__ = ["matmul"]

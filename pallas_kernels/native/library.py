@@ -1,0 +1,35 @@
+"""The compiled library in this process: loaded once, its functions known to XLA as custom calls."""
+
+import ctypes
+import functools
+from typing import Any
+
+import jax
+
+from pallas_kernels.native.build import UnavailableError, build, source_digest
+
+FUNCTIONS = ("matmul", "paged_attention", "rotate_and_write")
+
+
+@functools.cache
+def load() -> None:
+    """Compiles the library where needed, and makes its functions known to XLA; `UnavailableError` if it cannot."""
+    path = build()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UnavailableError(f"{path} does not load: {error}; delete it to have it compiled again") from error
+    for name in FUNCTIONS:
+        handler = jax.ffi.pycapsule(getattr(library, f"jaxserve_{name}"))
+        jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
+
+
+def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:
+    """Calls one of `FUNCTIONS` inside a traced computation; `aliases`: which argument each result lies in."""
+    load()
+    return jax.ffi.ffi_call(_target(name), results, input_output_aliases=aliases)(*args, **settings)
+
+
+@functools.cache
+def _target(name: str) -> str:
+    return f"jaxserve_{name}_{source_digest()}"

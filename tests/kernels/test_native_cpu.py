@@ -1,0 +1,157 @@
+"""The C++ kernels of CPUs beyond their ops' cases: rotation, pools in place, and how the library is compiled."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.kv_write import rotate_and_write
+from pallas_kernels.kv_write.reference import rotate_and_write_reference
+from pallas_kernels.native import UnavailableError
+from pallas_kernels.native.build import build, cache_folder
+from pallas_kernels.numerics import logical_dtype, pool_dtype, pool_shape, tolerance
+from pallas_kernels.paged_attention import (
+    AttentionGeometry,
+    build_metadata,
+    choose_implementation,
+    metadata_shapes,
+    paged_attention,
+)
+from tests.kernels.test_pools_stay_in_place import pool_sized_instructions
+
+SLOTS = (95, 16, 40, 0, 0, 96, -1, 17, 33)  # two outside of the pool's six blocks
+
+
+def projections(dtype: str, *, group: int, head_dim: int):
+    rng = np.random.default_rng(2)
+    shape = pool_shape(6, 16, 2, head_dim)
+    pools = rng.standard_normal((2, *shape)).astype(logical_dtype(pool_dtype(dtype, "cpu")))
+    qkv = rng.standard_normal((len(SLOTS), 2, group + 2, head_dim)).astype(np.float32)
+    angles = rng.uniform(-np.pi, np.pi, (len(SLOTS), head_dim // 2))
+    return qkv, np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32), *pools
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("group", "head_dim"), [(1, 64), (3, 80), (8, 24)])
+def test_rotation_and_writes_agree_with_the_reference(dtype, group, head_dim):
+    qkv, cos, sin, k_pool, v_pool = projections(dtype, group=group, head_dim=head_dim)
+    stored = pool_dtype(dtype, "cpu")
+    slots = jnp.asarray(SLOTS, jnp.int32)
+    q, *pools = rotate_and_write(
+        *map(jnp.asarray, (qkv, cos, sin, k_pool.view(stored), v_pool.view(stored))), slots, implementation="native_cpu"
+    )
+    inside = [token for token, slot in enumerate(SLOTS) if 0 <= slot < 96]
+    expected_q, _, _ = rotate_and_write_reference(qkv, cos, sin, k_pool, v_pool, np.zeros(len(SLOTS), int))
+    _, *expected = rotate_and_write_reference(
+        qkv[inside], cos[inside], sin[inside], k_pool, v_pool, np.asarray(SLOTS)[inside]
+    )
+    np.testing.assert_allclose(np.asarray(q), expected_q, **tolerance("float32"))
+    for pool, wanted in zip(pools, expected, strict=True):
+        values = np.asarray(pool).view(wanted.dtype).astype(np.float32)
+        np.testing.assert_allclose(values[1:], wanted[1:].astype(np.float32), **tolerance(dtype))
+    np.testing.assert_array_equal(np.asarray(pools[1])[1:], expected[1][1:].view(stored))  # values are only rounded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("num_tokens", [1, 16, 128])
+def test_a_step_of_three_layers_copies_no_pool(dtype, num_tokens):
+    shape = pool_shape(2039, 16, 2, 64)  # a prime, so that no other array has the size of a pool
+
+    def step(qkv, cos, pools, slots, metadata):
+        written = []
+        for pool in pools:
+            q, *pool = rotate_and_write(qkv, cos, cos, *pool, slots, implementation="native_cpu")
+            attended = paged_attention(q.reshape(num_tokens, 4, 64), *pool, metadata, scale=0.125)
+            qkv = qkv.at[:, :, :2].add(attended.reshape(num_tokens, 2, 2, 64))
+            written.append(pool)
+        return qkv, written
+
+    pool = jax.ShapeDtypeStruct(shape, pool_dtype(dtype, "cpu"))
+    metadata = metadata_shapes(
+        geometry=AttentionGeometry(q_heads=4, kv_heads=2, head_dim=64, block_size=16, dtype=dtype),
+        implementation="native_cpu",
+        num_tokens=num_tokens,
+        num_rows=min(num_tokens, 8),
+        blocks_per_seq=32,
+    )
+    operands = (
+        jax.ShapeDtypeStruct((num_tokens, 2, 4, 64), jnp.float32),
+        jax.ShapeDtypeStruct((num_tokens, 32), jnp.float32),
+        [(pool, pool)] * 3,
+        jax.ShapeDtypeStruct((num_tokens,), jnp.int32),
+        metadata,
+    )
+    compiled = jax.jit(step, donate_argnums=2).lower(*operands).compile()
+    assert pool_sized_instructions(compiled.as_text(), shape) == []  # the custom calls answer with tuples
+    pool_bytes = int(np.prod(shape)) * pool.dtype.itemsize
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= 6 * pool_bytes
+    assert memory.temp_size_in_bytes < pool_bytes
+
+
+def test_many_small_batches_agree_with_each_other_whatever_stands_beside_a_row():
+    geometry = AttentionGeometry(q_heads=3, kv_heads=1, head_dim=64, block_size=16, dtype="float32")
+    rng = np.random.default_rng(3)
+    pools = [jnp.asarray(rng.standard_normal(pool_shape(40, 16, 1, 64)), jnp.float32) for _ in range(2)]
+    queries = jnp.asarray(rng.standard_normal((32, 3, 64)), jnp.float32)
+    table = np.arange(1, 33, dtype=np.int32)[None]
+
+    def attended(rows: int) -> np.ndarray:
+        metadata = build_metadata(
+            [1] * rows,
+            list(range(480, 480 + rows)),
+            np.repeat(table, rows, axis=0),
+            geometry=geometry,
+            implementation="native_cpu",
+            num_tokens=rows,
+            num_rows=rows,
+        )
+        return np.asarray(paged_attention(queries[:rows], *pools, metadata, scale=0.125))
+
+    together = attended(32)
+    for rows in (1, 2, 5, 31):
+        np.testing.assert_array_equal(attended(rows), together[:rows])
+
+
+def test_the_library_is_compiled_once_and_kept():
+    assert build() == build()
+    assert build().parent == cache_folder()
+
+
+def test_a_machine_without_a_compiler_is_served_by_xla_and_says_why(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UnavailableError, match="CXX names 'no-such-compiler', which is not to be found"):
+        build()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UnavailableError, match="no C\\+\\+ compiler is installed"):
+        build()
+    geometry = AttentionGeometry(q_heads=2, kv_heads=1, head_dim=64, block_size=16, dtype="float32")
+    script = (
+        "from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation\n"
+        f"print(choose_implementation(None, {geometry!r}, platform='cpu'))"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("('xla', [\"native_cpu: CXX names 'no-such-compiler'")
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'vector.h:1: error: what is this' >&2; exit 1\n")
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(UnavailableError, match="could not compile the CPU kernels: vector.h:1: error: what is this"):
+        build()
+    assert list(cache_folder().iterdir()) == []  # nothing half made stays
+
+
+def test_heads_that_are_no_whole_number_of_vectors_are_refused():
+    geometry = AttentionGeometry(q_heads=2, kv_heads=1, head_dim=40, block_size=16, dtype="float32")
+    chosen, refusals = choose_implementation(None, geometry, platform="cpu")
+    assert chosen == "xla" and "head_dim must be a multiple of 16, got 40" in refusals[0]
