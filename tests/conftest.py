@@ -1,13 +1,23 @@
-"""What all tests share: eight virtual CPU devices in the test process, so that meshes are real, and a small model."""
+"""What all tests share: eight virtual CPU devices in the test process, checked shapes, and a small model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import jax
+import jaxtyping
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 8)
+from tests import type_checker
+
+jax.config.update("jax_num_cpu_devices", 8)  # so that meshes are real
+
+# Before anything is imported of them: from here on every call of theirs is held to the shapes in its signature.
+CHECKED = (
+    *("jaxserve.cache", "jaxserve.layers", "jaxserve.models", "jaxserve.runner", "jaxserve.sampling"),
+    "pallas_kernels",
+)
+jaxtyping.install_import_hook(CHECKED, f"{type_checker.__name__}.{type_checker.check.__name__}")
 
 
 @pytest.fixture(scope="session")
