@@ -5,13 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxtyping import TypeCheckError
+from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 
-from jaxserve.layers.linear import product
 from jaxserve.layers.rope import RopeConfig, rotation
 from jaxserve.runner.step import write_slot
 from jaxserve.sampling.sampler import prompt_logprobs
 from pallas_kernels.kv_write.rotation import rotate
+from tests.type_checker import check
 
 ROPE = RopeConfig(theta=1e4, head_dim=8)
 
@@ -33,10 +33,20 @@ def test_arguments_that_disagree_on_an_axis_are_refused(call):
 
 
 def test_a_wrong_answer_is_refused():
-    weight = jnp.zeros((5, 4))
-    product(jnp.zeros((2, 4)), weight, jnp.float32)
+    @jaxtyped(typechecker=check)
+    def transpose(x: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+        return x.T
+
+    transpose(jnp.zeros((2, 2)))
     with pytest.raises(TypeCheckError, match="return value"):
-        product(jnp.zeros((2, 4)), weight, jnp.int32)
+        transpose(jnp.zeros((2, 3)))
+
+
+def test_a_function_without_shapes_is_left_alone():
+    def count(tokens: list[int]) -> int:
+        return len(tokens)
+
+    assert check(count) is count
 
 
 @pytest.mark.parametrize(
