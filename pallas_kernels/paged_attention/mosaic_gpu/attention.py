@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.compat import gpu_interpret_params
+from pallas_kernels.compat import cuda_runtime_version, gpu_interpret_params
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
@@ -26,6 +26,10 @@ from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import BLOCK_SIZES, DTYPES, HEAD_DIMS, MAX_GROUP
 
+# Their ptxas miscompiles causal masks: jax's own attention kernel refuses the same range. The runtime's number knows no
+# updates, so 12.9.1, where that is mended, cannot be told from 12.9.0.
+_BROKEN_CUDA = range(12080, 12091)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GpuPlan:
@@ -40,7 +44,8 @@ jax.tree_util.register_dataclass(GpuPlan, data_fields=["decode", "prefill"], met
 
 
 def check_supported(geometry: AttentionGeometry) -> None:
-    """NotImplementedError, with the reason, for geometries that these kernels cannot compute."""
+    """NotImplementedError, with the reason, for geometries that these kernels cannot compute, or a CUDA that cannot."""
+    _check_cuda(cuda_runtime_version())
     limits = {"head_dim": HEAD_DIMS, "dtype": DTYPES, "block_size": BLOCK_SIZES}
     for name, taken in limits.items():
         given = getattr(geometry, name)
@@ -49,6 +54,14 @@ def check_supported(geometry: AttentionGeometry) -> None:
     if geometry.group > MAX_GROUP:
         raise NotImplementedError(f"mosaic_gpu takes up to {MAX_GROUP} query heads a KV head, got {geometry.group}")
     check_prefill_supported(geometry)
+
+
+def _check_cuda(version: int | None) -> None:
+    if version is not None and version in _BROKEN_CUDA:
+        raise NotImplementedError(
+            f"mosaic_gpu does not run with CUDA {version // 1000}.{version % 1000 // 10}: ptxas miscompiles causal "
+            "masks (12.8.0 to 12.9.0); install jaxserve[cuda13], or a CUDA before 12.8"
+        )
 
 
 def plan_shapes(

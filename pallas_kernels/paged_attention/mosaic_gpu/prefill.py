@@ -20,7 +20,7 @@ show). Whoever runs it first: compare with the reference before timing anything.
 - copies of single rows out of plain shared memory are aligned (`_store_rows`; tails of tiles are wrong).
 Then tune, in this order: `PrefillTiles` (3 stages at head_dim 128 fit, block_kv 192 at 64), the registers (232 and 40;
 224 and 56), the turns of the warpgroups (drop `_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
-to 12.9.0 miscompiles causal masks, so jax's own kernel refuses those: use 12.9.1 or later.
+to 12.9.0 miscompiles causal masks, so `check_supported` passes them over, as jax's own kernel does.
 """
 
 import dataclasses
