@@ -47,3 +47,8 @@ def cuda_runtime_version() -> int | None:
     """
     versions: Any = importlib.import_module("jax._src.lib").cuda_versions
     return None if versions is None else int(versions.cuda_runtime_get_version())
+
+
+def device_kind() -> str:
+    """The name of the device that JAX runs on by default, such as "NVIDIA H100 80GB HBM3"; starts JAX."""
+    return jax.devices()[0].device_kind
