@@ -27,7 +27,13 @@ COMPILE_PYTHON_0.10.2 := $(PYTHON)
 COMPILE_PYTHON_0.11.2 = $(PYTHON312)
 COMPILE_PYTHON_0.12.0.1 = $(PYTHON312)
 
-.PHONY: install serve test test-matrix lint types check fix bench clean compile-check
+# GPU checks: a Python with JAX's CUDA plugin. By default .venv, with the extra CUDA installed into it.
+CUDA ?= cuda13
+GPU_PYTHON ?= $(BIN)/python
+GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-$(CUDA))
+OP ?= paged_decode
+
+.PHONY: install serve test test-matrix lint types check fix bench clean compile-check gpu-check autotune
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -96,6 +102,19 @@ compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
 		.venv-compile-$$version/bin/python -m tests.compile_check --must-fail || failed="$$failed $$version"; \
 		.venv-compile-$$version/bin/python -m tests.compile_check $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "compile-check failed with JAX$$failed"; exit 1; }
+
+$(VENV)/.installed-$(CUDA): $(VENV)/.installed
+	$(PIP) --editable '.[$(CUDA)]'
+	@touch $@
+
+# On an NVIDIA GPU, within 8 minutes: are the kernels and the engine right, and how fast beside what the device can do.
+# Writes docs/results/<device>/gpu-check.{json,md}. ARGS='--quick' or '--stages correctness,decode_attention' for a part.
+gpu-check: $(GPU_INSTALLED)
+	$(GPU_PYTHON) -m tests.gpu.check $(ARGS)
+
+# Measures the tiles of OP on the GPU at hand and writes pallas_kernels/tuned/<device>/<op>.json.
+autotune: $(GPU_INSTALLED)
+	$(GPU_PYTHON) -m pallas_kernels.autotune $(OP) $(ARGS)
 
 bench: install
 	$(BIN)/jaxserve bench serve $(CONFIG) $(ARGS)

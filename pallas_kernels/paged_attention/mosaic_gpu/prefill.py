@@ -20,7 +20,7 @@ show). Whoever runs it first: compare with the reference before timing anything.
 - copies of single rows out of plain shared memory are aligned (`_store_rows`; tails of tiles are wrong).
 Then tune, in this order: `PrefillTiles` (3 stages at head_dim 128 fit, block_kv 192 at 64), the registers (232 and 40;
 224 and 56), the turns of the warpgroups (drop `_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
-to 12.9.0 miscompiles causal masks, so jax's own kernel refuses those: use 12.9.1 or later.
+to 12.9.0 miscompiles causal masks, so `check_supported` passes them over, as jax's own kernel does.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu.prefill_refs import Global, Item, Shared
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
-from pallas_kernels.paged_attention.mosaic_gpu.tiles import PrefillTiles, prefill_tiles
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import PrefillTiles, heuristic_prefill_tiles
 
 _LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # where the largest score starts: finite, so that a row of masked scores (-inf) only is no nan
@@ -84,7 +84,7 @@ def prefill(
         q_heads=q.shape[1], kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=q.dtype.name
     )
     check_prefill_supported(geometry)
-    tiles = tiles or prefill_tiles(head_dim)
+    tiles = tiles or heuristic_prefill_tiles(head_dim)
     kernel = _Prefill(
         geometry=geometry,
         tiles=tiles,
