@@ -30,6 +30,18 @@ def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
     return gpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
+def gpu_store_slowly(ref: Any, value: jax.Array) -> None:
+    """Stores registers to all of a SMEM ref even where banks of shared memory conflict.
+
+    Versions without `store` write so whatever the layout; later ones refuse, unless they are told to.
+    """
+    gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    if hasattr(gpu, "store"):
+        gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def gpu_operand(x: jax.Array, *, interpret: Any) -> Any:
     """An operand of a Mosaic GPU kernel that only reads it.
 
