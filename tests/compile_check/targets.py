@@ -36,6 +36,26 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceFacts:
+    """What the makers say of a kind of device."""
+
+    name: str
+    platform: Literal["cuda", "tpu"]  # the compiler's name for it
+    memory_bytes: int
+    peak_flops: float  # a second, dense, in bfloat16
+    memory_bytes_s: float
+
+
+DEVICES: dict[Device, DeviceFacts] = {
+    "h100": DeviceFacts(
+        name="H100", platform="cuda", memory_bytes=84942979072, peak_flops=989e12, memory_bytes_s=3352e9
+    ),
+    "v5e": DeviceFacts(name="v5e", platform="tpu", memory_bytes=16 * 2**30, peak_flops=197e12, memory_bytes_s=819e9),
+    "v6e": DeviceFacts(name="v6e", platform="tpu", memory_bytes=32 * 2**30, peak_flops=918e12, memory_bytes_s=1640e9),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
     """A number of devices of one kind."""
 
@@ -50,12 +70,21 @@ class Target:
     @property
     def platform(self) -> Literal["cuda", "tpu"]:
         """The compiler's name for it."""
-        return "cuda" if self.device == "h100" else "tpu"
+        return DEVICES[self.device].platform
 
     @property
     def memory_bytes(self) -> int:
         """Of one device."""
-        return {"h100": 84942979072, "v5e": 16 * 2**30, "v6e": 32 * 2**30}[self.device]
+        return DEVICES[self.device].memory_bytes
+
+    @staticmethod
+    def device_of(name: str) -> Device:
+        """The kind of device of a target's name.
+
+        >>> Target.device_of("v5e-4"), Target.device_of("h100")
+        ('v5e', 'h100')
+        """
+        return next(device for device in DEVICES if device == name.partition("-")[0])
 
     def mesh(self) -> Mesh:
         """A mesh of devices that programs can be compiled for, and not run on."""

@@ -116,3 +116,11 @@ def test_packing_refuses_other_shapes() -> None:
     packing = Packing({"a": np.zeros(3, np.int32)})
     with pytest.raises(ValueError, match="packing wants"):
         packing.pack({"a": np.zeros(4, np.int32)})
+
+
+def test_packed_arrays_start_where_kernels_expect_their_arguments() -> None:
+    packing = Packing({"a": np.zeros(3, np.int32), "b": np.zeros((2, 40), np.int32), "c": np.zeros(1, np.int32)})
+    packed = packing.pack({"a": np.full(3, 1), "b": np.full((2, 40), 2), "c": np.full(1, 3)})
+    starts = [int(np.argmax(packed == value)) for value in (1, 2, 3)]
+    assert all(start * packed.itemsize % 256 == 0 for start in starts)
+    assert starts[0] < starts[1] < starts[2]

@@ -390,7 +390,7 @@ class _Decode:
             decay = jnp.exp2(top - highest)
             scale = decay / (total * decay + jnp.exp2(sink - highest))
         _, result = shared.results
-        result[...] = (acc * wg.over_columns(scale, self.head_dim)).astype(self.dtype)
+        wg.store_slowly(result, (acc * wg.over_columns(scale, self.head_dim)).astype(self.dtype))
         self._for_each_token(
             work,
             lambda index: plgpu.copy_smem_to_gmem(
@@ -401,7 +401,8 @@ class _Decode:
 
     def _store_partial(self, operands: Operands, shared: Shared, work: Work, softmax: Softmax) -> None:
         result, _ = shared.results
-        result[...], shared.top[...], shared.total[...] = softmax
+        self.wg.store_slowly(result, softmax.acc)
+        shared.top[...], shared.total[...] = softmax.top, softmax.total
 
         def copy_token(index: int) -> None:
             rows = pl.ds(index * self.token_rows, self.token_rows)
