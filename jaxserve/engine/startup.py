@@ -24,6 +24,8 @@ from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
+from jaxserve.runner.programs import ProgramShapes
+from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.source import cache_dir
@@ -34,7 +36,7 @@ class Started:
     """What `EngineCore` runs on."""
 
     info: CoreInfo
-    scheduler: Scheduler
+    scheduler: Scheduler | DataParallelScheduler
     runner: Runner
     guard: CompileGuard
 
@@ -46,7 +48,8 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     enable_persistent_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
     guard = CompileGuard()
     with phases.phase("device"):
-        mesh = make_mesh(config.parallel.tensor_parallel_size)
+        parallel = config.parallel
+        mesh = make_mesh(parallel.tensor_parallel_size, data_parallel_size=parallel.data_parallel_size)
     with phases.phase("open"):
         files = open_model(config.model)
         defaults = DeviceDefaults.of(mesh.devices.flat[0].platform)
@@ -63,6 +66,7 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     buckets = _buckets(config, settings, graph.numerics)
     assembly = Assembly(
         config=config,
+        mesh=mesh,
         files=files,
         graph=graph,
         settings=settings,
@@ -74,13 +78,11 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     params, caches, programs, shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
     runner = ModelRunner(graph, params, programs, shapes, caches)
-    pool = BlockPool(shapes.num_blocks, spec.block_size)
-    prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,
         vocab_size=files.decoder.vocab_size,
-        num_blocks=shapes.num_blocks,
+        num_blocks=shapes.num_blocks * parallel.data_parallel_size,
         block_size=spec.block_size,
         fingerprint=_fingerprint(config, files),
         eos_token_ids=files.eos_token_ids,
@@ -89,10 +91,23 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     )
     return Started(
         info=info,
-        scheduler=Scheduler(settings, pool, prefix_cache),
+        scheduler=_scheduler(config, settings, shapes),
         runner=runner,
         guard=guard,
     )
+
+
+def _scheduler(config: Config, settings: SchedulerSettings, shapes: ProgramShapes) -> Scheduler | DataParallelScheduler:
+    """One for each data shard, and what makes one of several."""
+    schedulers = []
+    for shard in range(config.parallel.data_parallel_size):
+        pool = BlockPool(shapes.num_blocks, shapes.kv_spec.block_size)
+        prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
+        first_slot = shard * shapes.tokens_shape[0] + 1
+        schedulers.append(Scheduler(replace(settings, first_slot=first_slot), pool, prefix_cache))
+    if len(schedulers) == 1:
+        return schedulers[0]
+    return DataParallelScheduler(schedulers, max_queued_requests=settings.max_queued_requests)
 
 
 def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:

@@ -63,7 +63,8 @@ class Target:
             options = {"target_config": _H100, "topology": f"1x{self.num_devices}x1"}
         else:  # a TPU topology is a host of at least four chips: one chip is its first
             options = {"topology_name": f"{self.device}:{'2x4' if self.num_devices > 4 else '2x2'}"}
-        return make_mesh(self.num_devices, topologies.get_topology_desc(platform=self.platform, **options).devices)
+        topology = topologies.get_topology_desc(platform=self.platform, **options)
+        return make_mesh(self.num_devices, devices=topology.devices)
 
 
 @contextlib.contextmanager
