@@ -18,7 +18,7 @@ from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
 from jaxserve.layers.numerics import Numerics
-from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
@@ -52,8 +52,8 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         mesh = make_mesh(parallel.tensor_parallel_size, data_parallel_size=parallel.data_parallel_size)
     with phases.phase("open"):
         files = open_model(config.model)
-        defaults = DeviceDefaults.of(mesh.devices.flat[0].platform)
-        settings = _settings(config, files, defaults)
+        defaults = DeviceDefaults.of(platform_of(mesh))
+        settings = scheduler_settings(config, files, defaults)
         backend = choose_backend(
             files.decoder,
             dtype=files.dtype,
@@ -63,7 +63,7 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         )
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     spec = graph.kv_cache_spec()
-    buckets = _buckets(config, settings, graph.numerics)
+    buckets = step_buckets(config, settings, graph.numerics)
     assembly = Assembly(
         config=config,
         mesh=mesh,
@@ -110,7 +110,8 @@ def _scheduler(config: Config, settings: SchedulerSettings, shapes: ProgramShape
     return DataParallelScheduler(schedulers, max_queued_requests=settings.max_queued_requests)
 
 
-def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:
+def scheduler_settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:
+    """The limits of each data shard's scheduler, with the device's defaults where the config leaves them open."""
     max_model_len = files.max_model_len(config.model.max_model_len)
     max_num_seqs = config.scheduler.max_num_seqs or defaults.max_num_seqs
     return SchedulerSettings(
@@ -124,7 +125,8 @@ def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> Sc
     )
 
 
-def _buckets(config: Config, settings: SchedulerSettings, numerics: Numerics) -> Buckets:
+def step_buckets(config: Config, settings: SchedulerSettings, numerics: Numerics) -> Buckets:
+    """The padded step sizes that are compiled."""
     # XLA:CPU has no fast 16-bit matrix-vector product: 30 ms, not 2, for a head of 49,152 tokens.
     is_slow_alone = numerics.products == "xla_cpu" and jnp.dtype(numerics.weights).itemsize < 4
     return Buckets.plan(

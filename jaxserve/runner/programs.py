@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -54,6 +54,9 @@ class ProgramShapes:
     def tokens_shape(self) -> tuple[int, int]:
         """Of a data shard's token table, i32[slots, positions]; slot 0 is padding."""
         return (self.max_num_seqs + 1, self.max_model_len)
+
+
+CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
 
 
 class Programs:
@@ -131,7 +134,7 @@ class Programs:
         jobs[("write_slot",)] = self._lower_write_slot
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
-    def step_bytes(self) -> int:
+    def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
         """Bytes that steps take on each device beside weights and pools, as the compiler counts them.
 
         The largest temporaries count once: a device runs one program at a time. All else that a step holds (its inputs
@@ -139,7 +142,7 @@ class Programs:
         the largest programs; `ConfigError` where the compiler tells no sizes.
         """
         bucket = self._shapes.buckets.all()[0]
-        compiled = compile_all(
+        compiled = compile_jobs(
             {
                 "forward": partial(self.lower_forward, bucket),
                 "sample": partial(self.lower_sample, bucket.num_rows, "full"),

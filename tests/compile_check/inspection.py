@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>.+?) (?P<opcode>[a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
-_COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
+from jaxserve.plan.hlo import instructions
+
 _SORT_DIMENSION = re.compile(r"dimensions=\{(\d+)\}")
 
 # Opcodes that pass a buffer on, or hand it to a kernel that writes to it in place.
@@ -23,43 +20,6 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)")
 _SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized[^\n]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One line of a compiled program: all arrays that it makes, and how."""
-
-    opcode: str
-    shapes: tuple[tuple[int, ...], ...]
-    line: str
-
-
-def instructions(hlo: str) -> Iterator[Instruction]:
-    """Every instruction of a program and of its fusions.
-
-    >>> line = "  %sort.1 = (f32[8,16]{1,0:T(8,128)}, s32[8,16]{1,0}) sort(%a, %b), dimensions={1}, to_apply=%less"
-    >>> [(found.opcode, found.shapes) for found in instructions(line)]
-    [('sort', ((8, 16), (8, 16)))]
-    """
-    for line in hlo.splitlines():
-        if match := _INSTRUCTION.match(line):
-            arrays = _ARRAY.findall(match["shape"])
-            shapes = tuple(tuple(int(size) for size in array.split(",") if size) for array in arrays)
-            yield Instruction(match["opcode"], shapes, line.strip())
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """How often each kind of communication between devices is started.
-
-    >>> collectives("  %a = f32[8]{0} all-reduce-start(%x)\\n  %b = f32[8]{0} all-reduce-done(%a)")
-    {'all-reduce': 1}
-    """
-    found = Counter(
-        match[1]
-        for instruction in instructions(hlo)
-        if (match := _COLLECTIVE.match(instruction.opcode)) and not instruction.opcode.endswith("-done")
-    )
-    return dict(sorted(found.items()))
 
 
 def pool_makers(hlo: str, pool_elements: int) -> list[str]:

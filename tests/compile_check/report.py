@@ -36,17 +36,20 @@ nothing of its speed.
 """
 
 
-def write(results: Sequence[Result], *, full: bool) -> None:
-    """Write this JAX version's results, and the page anew from those of all versions."""
+def write(results: Sequence[Result], *, full: bool, keep_others: bool) -> None:
+    """Write this JAX version's results (beside those of other programs, or alone), and the page of all versions."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     name = f"jax-{results[0].jax}{'-all-layers' if full else ''}.json"
+    recorded = json.loads((RESULTS / name).read_text())["results"] if keep_others else []
+    by_program = {(entry["name"], entry["target"]): entry for entry in recorded}
+    by_program |= {(result.name, result.target): dataclasses.asdict(result) for result in results}
     record = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {
             package: metadata.version(package)
             for package in ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", "flax")
         },
-        "results": [dataclasses.asdict(result) for result in results],
+        "results": list(by_program.values()),
     }
     (RESULTS / name).write_text(json.dumps(record, indent=1) + "\n")
     PAGE.write_text("\n".join(_page_parts()))

@@ -13,6 +13,7 @@ import pytest
 from jaxserve.config import ModelSettings
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import make_mesh
+from jaxserve.plan.hlo import collectives
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import load_weights, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
@@ -20,7 +21,6 @@ from jaxserve.runner.programs import Programs, ProgramShapes
 from jaxserve.sampling.inputs import VARIANTS
 from jaxserve.weights import mapping
 from tests.checkpoints import save_random_llama
-from tests.compile_check.inspection import collectives
 from tests.sampling.test_split_vocabulary import EXPECTED
 
 NUM_LAYERS = 3

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve.plan.hlo import collectives
 from jaxserve.sampling.inputs import VARIANTS, abstract_inputs
 from jaxserve.sampling_params import SamplingParams
-from tests.compile_check.inspection import collectives
 from tests.sampling.sample_batch import random_logits, run
 from tests.sampling.split_vocabulary import split_sampler
 from tests.sampling.test_draw import MIXES, mixed_rows
