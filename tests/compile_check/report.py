@@ -32,6 +32,7 @@ nothing of its speed.
 * `registers` a thread, `spills` in bytes and `shared` memory a block are those of the Mosaic GPU kernel that takes
   most of each; ptxas says so. `GFLOP` and `GB moved` are XLA's cost analysis, which it does for TPUs alone and which
   knows of a kernel what its cost estimate says.
+* `h100-4` are four devices that share each layer, `h100-2x2` two data shards of two.
 * Compile times are those of two shared CPU cores.
 """
 
