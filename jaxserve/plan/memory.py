@@ -20,7 +20,7 @@ from jaxserve.runner.memory import (
 )
 
 # Arrays of the logits' size that the sampler holds at most; 5 to 7.5 were compiled for the Llamas of configs/.
-LOGITS_HELD = 8
+_LOGITS_HELD = 8
 _MAX_DEVICES = 64  # the most that are suggested
 _LEAST_TOKENS = 512  # of a step, that are suggested
 
@@ -92,16 +92,21 @@ def activation_bytes(model: DecoderConfig, num_tokens: int, itemsize: int) -> in
     return num_tokens * (6 * model.hidden_size + 4 * model.ffn_size // model.num_shards) * itemsize
 
 
+def sampler_bytes(model: DecoderConfig, num_rows: int, max_model_len: int) -> int:
+    """What one device's sampler may hold at once: its logits several times over, and each row's tokens."""
+    return num_rows * (_LOGITS_HELD * -(-model.padded_vocab_size // model.num_shards) + max_model_len) * 4
+
+
 def estimate_step_bytes(deployment: Deployment) -> int:
     """`Programs.step_bytes` without a compiler: the larger of model and sampler once, what a step holds twice."""
     model, bucket = deployment.graph.config, deployment.buckets.all()[0]
-    logits = bucket.num_rows * model.padded_vocab_size // model.num_shards * 4
     itemsize = deployment.files.dtype.itemsize
     hidden = (bucket.num_tokens + bucket.num_rows) * model.hidden_size * itemsize
     table = (deployment.settings.max_num_seqs + 1) * deployment.settings.max_model_len * 4
     rules = bucket.num_rows * model.vocab_size // 8
     activations = activation_bytes(model, bucket.num_tokens, itemsize)
-    return max(activations, LOGITS_HELD * logits) + 2 * (hidden + table + rules)
+    sampler = sampler_bytes(model, bucket.num_rows, deployment.settings.max_model_len)
+    return max(activations, sampler) + 2 * (hidden + table + rules)
 
 
 def plan_or_suggest(config: Config, devices: Devices) -> tuple[Deployment, Memory]:

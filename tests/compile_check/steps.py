@@ -101,6 +101,14 @@ DEPLOYMENTS = (
         max_model_len=16384,
     ),
     Deployment(
+        name="Llama 3.3 70B",
+        hf_config=_70B,
+        target=Target(device="h100", num_devices=8),
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=32768,
+    ),
+    Deployment(
         name="Llama 3.1 8B",
         hf_config=_8B,
         target=Target(device="v5e", num_devices=4),
