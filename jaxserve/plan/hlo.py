@@ -7,18 +7,21 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?P<shape>.+?) (?P<opcode>[a-z][\w\-]*)\(")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<opcode>[a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\w+\[([\d,]*)\]")
 _COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One line of a compiled program: all arrays that it makes, and how."""
 
+    name: str
     opcode: str
     shapes: tuple[tuple[int, ...], ...]
     line: str
+    computation: str  # that it is a line of: the program's entry, a fusion, a loop's body
 
 
 def instructions(hlo: str) -> Iterator[Instruction]:
@@ -28,11 +31,14 @@ def instructions(hlo: str) -> Iterator[Instruction]:
     >>> [(found.opcode, found.shapes) for found in instructions(line)]
     [('sort', ((8, 16), (8, 16)))]
     """
+    computation = ""
     for line in hlo.splitlines():
-        if match := _INSTRUCTION.match(line):
+        if header := _COMPUTATION.match(line):
+            computation = header[1]
+        elif match := _INSTRUCTION.match(line):
             arrays = _ARRAY.findall(match["shape"])
             shapes = tuple(tuple(int(size) for size in array.split(",") if size) for array in arrays)
-            yield Instruction(match["opcode"], shapes, line.strip())
+            yield Instruction(match["name"], match["opcode"], shapes, line.strip(), computation)
 
 
 def collectives(hlo: str) -> dict[str, int]:

@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import gpu_operand
+from pallas_kernels.kv_write.tiles import WriteTiles, write_tiles
 from pallas_kernels.numerics import to_storage
 
-_TILE_BYTES = 8192  # of K, and as much of V: a dozen thread blocks fit a multiprocessor's shared memory
-_MAX_TILE_TOKENS = 16
 MAX_BOX = 256  # elements along an axis of one bulk copy
 COPY_BYTES = 16  # bulk copies move multiples of this
 
@@ -27,6 +26,7 @@ def kv_write_mosaic_gpu(
     v_pool: jax.Array,
     slots: jax.Array,  # i32[tokens]
     *,
+    tiles: WriteTiles | None = None,  # by default write_tiles of a token's bytes
     interpret: Any = False,  # parameters of the Mosaic GPU interpreter: runs on a CPU
 ) -> tuple[jax.Array, jax.Array]:
     """Copies a tile of tokens to shared memory, and each token's row of all heads from there to its slot.
@@ -43,7 +43,8 @@ def kv_write_mosaic_gpu(
     num_tokens, kv_heads, head_dim = k.shape
     num_blocks, block_size = k_pool.shape[:2]
     k, v = to_storage(k, k_pool.dtype), to_storage(v, k_pool.dtype)
-    tile = _tile_tokens(num_tokens, kv_heads * head_dim * k.dtype.itemsize)
+    tiles = tiles or write_tiles(kv_heads * head_dim * k.dtype.itemsize)
+    tile = math.gcd(num_tokens, tiles.tokens)  # so that no tile hangs over the end
 
     def kv_write(k_ref: Any, v_ref: Any, slots_ref: Any, k_pool_ref: Any, v_pool_ref: Any) -> None:
         def copy(k_smem: Any, v_smem: Any, arrived: Any) -> None:
@@ -83,13 +84,3 @@ def _check_supported(k: jax.Array) -> None:
         )
     if head_dim * 2 % COPY_BYTES:
         raise NotImplementedError(f"mosaic_gpu takes a head_dim that is a multiple of 8, got {head_dim}")
-
-
-def _tile_tokens(num_tokens: int, row_bytes: int) -> int:
-    """Tokens a thread block copies: a power of two that divides `num_tokens`, so that no tile hangs over the end.
-
-    >>> _tile_tokens(256, 2048), _tile_tokens(6, 2048), _tile_tokens(256, 65536), _tile_tokens(256, 256)
-    (4, 2, 1, 16)
-    """
-    fitting = max(min(_TILE_BYTES // row_bytes, _MAX_TILE_TOKENS), 1)
-    return math.gcd(num_tokens, 1 << (fitting.bit_length() - 1))

@@ -1,14 +1,14 @@
 """Rotary position embedding in plain JAX, as the fused kernels must compute it."""
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 
 def rotate(
-    x: jax.Array,  # [tokens, .., head_dim]
-    cos: jax.Array,  # f32[tokens, head_dim / 2]
-    sin: jax.Array,
-) -> jax.Array:
+    x: Float[Array, "tokens *heads head_dim"],
+    cos: Float[Array, "tokens {x.shape[-1]//2}"],
+    sin: Float[Array, "tokens {x.shape[-1]//2}"],
+) -> Float[Array, "tokens *heads head_dim"]:
     """Rotates each pair (x[i], x[i + head_dim / 2]) by its position's angle, in float32; x's shape and dtype."""
     shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1] // 2)
     cos, sin = cos.reshape(shape), sin.reshape(shape)

@@ -2,17 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, Shaped
 
 from pallas_kernels.numerics import to_storage
 
 
 def kv_write_xla(
-    k: jax.Array,  # [tokens, kv_heads, head_dim]
-    v: jax.Array,
-    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
-    v_pool: jax.Array,
-    slots: jax.Array,  # i32[tokens]
-) -> tuple[jax.Array, jax.Array]:
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    k_pool: Shaped[Array, "num_blocks block_size kv_heads head_dim"],
+    v_pool: Shaped[Array, "num_blocks block_size kv_heads head_dim"],
+    slots: Int32[Array, " tokens"],
+) -> tuple[
+    Shaped[Array, "num_blocks block_size kv_heads head_dim"], Shaped[Array, "num_blocks block_size kv_heads head_dim"]
+]:
     """Scatters whole [kv_heads * head_dim] rows: a slot is one contiguous row of the flattened pool."""
     if slots.shape[0] == 1:
         # XLA turns a scatter of one row into a dynamic-update-slice, and then copies the pool for the loops that read

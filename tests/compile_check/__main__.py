@@ -46,9 +46,9 @@ def main() -> int:
     if arguments.must_fail:
         return _verdict_of_must_fail(jobs, results)
     print(report.table(results))
-    is_all = arguments.only == "*" and arguments.target is None
-    if is_all or arguments.record:
-        report.write(results, full=arguments.full, keep_others=not is_all)
+    if arguments.record or (arguments.only == "*" and arguments.target is None):
+        names = [(job.name, job.target.name) for job in all_jobs(full=arguments.full) if job.expected is None]
+        report.write(results, names=names, full=arguments.full)
     return _verdict(results)
 
 
@@ -60,7 +60,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--target", choices=("h100", "v5e", "v6e"), help="one kind of device")
     parser.add_argument("--full", action="store_true", help=f"all layers of each model, not {REDUCED_LAYERS}")
     parser.add_argument("--must-fail", action="store_true", help="compile the programs that must be found at fault")
-    parser.add_argument("--record", action="store_true", help="put a part of the programs in the record too")
+    parser.add_argument("--record", action="store_true", help="write a part's results to docs/ as well, beside others")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="jobs at once")
     return parser.parse_args()
 

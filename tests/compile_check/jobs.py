@@ -17,10 +17,10 @@ class Limits:
     """What is held against a compiled program; None: nothing to hold it to. Sizes are those of one device."""
 
     pool_elements: int | None = None  # no instruction but a kernel may make an array of this size
+    min_alias_bytes: int = 0  # of results that must lie in donated arguments: all pools
     max_temp_bytes: int | None = None  # of temporaries: what the step's activations may take
     vocab_size: int | None = None  # of the model: no sort along that axis, whole or a device's share
     num_shards: int = 1  # devices that the vocabulary is split over
-    max_spill_bytes: int = 0  # registers that a kernel is known to spill; more is a failure
     max_collectives: int = 0
 
 
@@ -57,6 +57,7 @@ class Result:
     accessed_bytes: float | None = None
     collectives: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    date: str | None = None  # ISO, of the day it was compiled, once it is on record
 
     @classmethod
     def of(cls, job: Job, jax_version: str, **values: Any) -> Result:

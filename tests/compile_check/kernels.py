@@ -71,7 +71,13 @@ _GPU: _Table = (
     ("llama 1B", replace(LLAMA_8B, head_dim=64), Options(), (DECODE, MIXED)),
     ("SmolLM2 135M", replace(LLAMA_8B, q_heads=9, kv_heads=3, head_dim=64), Options(), (DECODE, MIXED)),
     ("no groups", replace(LLAMA_8B, q_heads=32, kv_heads=32), Options(), (DECODE, MIXED)),
-)
+    ("no groups of 80", replace(LLAMA_8B, q_heads=32, kv_heads=32, head_dim=80), Options(), (MIXED,)),
+    ("no groups of 96", replace(LLAMA_8B, q_heads=32, kv_heads=32, head_dim=96), Options(), (MIXED,)),
+    ("Gemma 2 9B", replace(LLAMA_8B, q_heads=16, head_dim=256, sliding_windows=(4096,)), Options(soft_cap=50.0),
+     (MIXED,)),
+    ("gpt-oss 20B", replace(LLAMA_8B, q_heads=64, head_dim=64, sliding_windows=(128,)), Options(has_sinks=True),
+     (MIXED,)),
+)  # fmt: skip
 _LLAMA_TPU = replace(LLAMA_8B, block_size=128)
 _TPU: _Table = (
     ("llama 8B", _LLAMA_TPU, Options(), (DECODE, MIXED, SMALL)),
@@ -113,18 +119,12 @@ def kernel_jobs() -> list[Job]:
     return jobs
 
 
-# Bytes that the prefill kernel is known to spill (for Hopper, with a window, and with soft cap and sinks).
-_KNOWN_SPILLS = {"h100": {"llama 8B, window": 72, "llama 8B, cap and sinks": 16}}
-
-
 def _attention_job(target: Target, name: str, geometry: AttentionGeometry, options: Options, batch: Batch) -> Job:
-    known = _KNOWN_SPILLS.get(target.device, {})
-    spills = max((size for model, size in known.items() if f", {model}, mixed" in name), default=0)
     return Job(
         name=name,
         target=target,
         lower=partial(_lower_attention, IMPLEMENTATION[target.platform], geometry, options, batch),
-        limits=replace(_pool_limits(geometry, IMPLEMENTATION[target.platform]), max_spill_bytes=spills),
+        limits=_pool_limits(geometry, IMPLEMENTATION[target.platform]),
     )
 
 
@@ -158,7 +158,8 @@ def _pool_shape(geometry: AttentionGeometry, implementation: Implementation) -> 
 
 def _pool_limits(geometry: AttentionGeometry, implementation: Implementation) -> Limits:
     elements = math.prod(_pool_shape(geometry, implementation))
-    return Limits(pool_elements=elements, max_temp_bytes=elements * jnp.dtype(geometry.dtype).itemsize)
+    pool_bytes = elements * jnp.dtype(geometry.dtype).itemsize
+    return Limits(pool_elements=elements, min_alias_bytes=2 * pool_bytes, max_temp_bytes=pool_bytes)
 
 
 def _pool(geometry: AttentionGeometry, implementation: Implementation, mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -35,6 +35,15 @@ def must_fail_jobs() -> list[Job]:
         _job("VMEM over budget", _V5E, _lower_tpu_kernel, "vmem"),
         _job("a kernel without a report", _H100, _lower_no_kernel, "no kernel left a report"),
         _job("a pool that is copied", _H100, _lower_pool_copy, "as large as a pool: copy", pools),
+        _job("a pool that a fusion makes", _H100, _lower_pool_fusion, "fusion, multiply", pools),
+        _job("a pool that a kernel makes", _H100, _lower_pool_kernel, "as large as a pool: custom-call", pools),
+        _job(
+            "a pool that is not donated",
+            _H100,
+            _lower_pool_kept,
+            "results of 0 bytes lie in donated arguments",
+            Limits(min_alias_bytes=2 * 2 * _POOL_ELEMENTS),
+        ),
         _job(
             "temporaries as large as a pool",
             _H100,
@@ -48,7 +57,7 @@ def must_fail_jobs() -> list[Job]:
 
 
 def _job(name: str, target: Target, lower: Any, expected: str, limits: Limits | None = None) -> Job:
-    has_kernels = lower not in (_lower_large_temporary, _lower_sort, _lower_sums)
+    has_kernels = lower not in (_lower_pool_fusion, _lower_large_temporary, _lower_sort, _lower_sums)
     return Job(
         name=f"must fail: {name}",
         target=target,
@@ -99,10 +108,49 @@ def _lower_pool_copy(mesh: Mesh) -> Lowered:
     def write(k: Any, k_pool: Any, v_pool: Any, slots: Any) -> Any:
         return k_pool, kv_write(k, k, k_pool, v_pool, slots, implementation="mosaic_gpu")
 
+    return jax.jit(write, donate_argnums=(1, 2)).lower(*_written(mesh))
+
+
+def _lower_pool_fusion(mesh: Mesh) -> Lowered:
+    """One result that is the pool scaled, in a fusion beside a sum of it."""
+
+    def scale(pool: Any) -> Any:
+        return pool * 2, jnp.sum(pool, axis=-1)
+
+    return jax.jit(scale, donate_argnums=0).lower(jax.ShapeDtypeStruct(_POOL, jnp.bfloat16, sharding=replicated(mesh)))
+
+
+def _lower_pool_kernel(mesh: Mesh) -> Lowered:
+    """A kernel that copies the pool's first block to a pool of its own."""
+
+    def copy(pool_ref: Any, out_ref: Any) -> None:
+        def body(rows: Any, arrived: Any) -> None:
+            plgpu.copy_gmem_to_smem(pool_ref.at[0, 0], rows, arrived)
+            plgpu.barrier_wait(arrived)
+            plgpu.copy_smem_to_gmem(rows, out_ref.at[0, 0])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(body, plgpu.SMEM(_POOL[2:], jnp.bfloat16), plgpu.Barrier())
+
+    grid = plgpu.Mesh(grid=(1,), grid_names=("block",))
+    kernel: Any = pl.kernel(copy, out_type=jax.ShapeDtypeStruct(_POOL, jnp.bfloat16), mesh=grid)
+    return jax.jit(kernel).lower(jax.ShapeDtypeStruct(_POOL, jnp.bfloat16, sharding=replicated(mesh)))
+
+
+def _lower_pool_kept(mesh: Mesh) -> Lowered:
+    """Written pools whose callers keep the old ones."""
+
+    def write(k: Any, k_pool: Any, v_pool: Any, slots: Any) -> Any:
+        return kv_write(k, k, k_pool, v_pool, slots, implementation="mosaic_gpu")
+
+    return jax.jit(write).lower(*_written(mesh))
+
+
+def _written(mesh: Mesh) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Eight tokens' keys, two pools, and slots."""
     pool = jax.ShapeDtypeStruct(_POOL, jnp.bfloat16, sharding=replicated(mesh))
     k = jax.ShapeDtypeStruct((8, *_POOL[2:]), jnp.bfloat16, sharding=replicated(mesh))
-    slots = jax.ShapeDtypeStruct((8,), jnp.int32, sharding=replicated(mesh))
-    return jax.jit(write, donate_argnums=(1, 2)).lower(k, pool, pool, slots)
+    return k, pool, pool, jax.ShapeDtypeStruct((8,), jnp.int32, sharding=replicated(mesh))
 
 
 def _lower_large_temporary(mesh: Mesh) -> Lowered:

@@ -174,6 +174,7 @@ def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bo
         lower=partial(_lower_forward, deployment, layers, num_tokens),
         limits=Limits(
             pool_elements=pool_bytes // jnp.dtype(jnp.bfloat16).itemsize,
+            min_alias_bytes=2 * layers * pool_bytes,
             max_temp_bytes=activation_bytes(model, num_tokens, jnp.dtype(jnp.bfloat16).itemsize) + (64 << 20),
             vocab_size=deployment.decoder.vocab_size,
             num_shards=num_devices,

@@ -7,10 +7,13 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from jaxserve.plan.devices import KINDS
+from jaxserve.plan.devices import KINDS, DeviceKind
 from jaxserve.plan.topologies import topology_mesh
 
 Device = Literal["h100", "v5e", "v6e"]
+
+
+DEVICES: dict[Device, DeviceKind] = {"h100": KINDS["h100"], "v5e": KINDS["v5e"], "v6e": KINDS["v6e"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,12 +39,21 @@ class Target:
     @property
     def platform(self) -> Literal["cuda", "tpu"]:
         """The compiler's name for it."""
-        return "cuda" if self.device == "h100" else "tpu"
+        return "tpu" if DEVICES[self.device].platform == "tpu" else "cuda"
 
     @property
     def memory_bytes(self) -> int:
         """Of one device."""
-        return KINDS[self.device].memory_bytes
+        return DEVICES[self.device].memory_bytes
+
+    @staticmethod
+    def device_of(name: str) -> Device:
+        """The kind of device of a target's name.
+
+        >>> Target.device_of("v5e-4"), Target.device_of("h100")
+        ('v5e', 'h100')
+        """
+        return next(device for device in DEVICES if device == name.partition("-")[0])
 
     def mesh(self) -> Mesh:
         """A mesh of devices that programs can be compiled for, and not run on."""

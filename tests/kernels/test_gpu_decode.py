@@ -6,22 +6,32 @@ and each asks for several things, since each compiles for seconds.
 
 import dataclasses
 import functools
+import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.compat import cuda_runtime_version
 from pallas_kernels.numerics import from_storage, tolerance
-from pallas_kernels.paged_attention import AttentionGeometry
+from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation
 from pallas_kernels.paged_attention.cases import Case, Inputs, make_inputs
-from pallas_kernels.paged_attention.mosaic_gpu import build_plan, check_supported, paged_attention, plan_shapes
+from pallas_kernels.paged_attention.mosaic_gpu import (
+    attention,
+    build_plan,
+    check_supported,
+    paged_attention,
+    plan_shapes,
+)
 from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import build_decode_plan, decode_sizes
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 _ONES = ((0, 1), (14, 1), (15, 1), (63, 1), (64, 1))  # one token; one short of a block; a block; a tile; a tile and one
 _LONG = ((0, 1), (300, 1), (130, 1))  # with few multiprocessors the second is split
@@ -164,6 +174,27 @@ def test_what_the_kernels_cannot_do_is_refused_by_name(change):
     check_supported(geometry)
     with pytest.raises(NotImplementedError, match="mosaic_gpu takes"):
         check_supported(dataclasses.replace(geometry, **change))
+
+
+@pytest.mark.parametrize(("version", "is_broken"), [(12060, False), (12080, True), (12090, True), (13000, False)])
+def test_a_cuda_that_miscompiles_causal_masks_is_passed_over_with_its_reason(monkeypatch, version, is_broken):
+    monkeypatch.setattr(attention, "cuda_runtime_version", lambda: version)
+    geometry = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+    chosen, refusals = choose_implementation(None, geometry, platform="gpu")
+    assert chosen == ("xla" if is_broken else "mosaic_gpu")
+    assert all("ptxas miscompiles causal masks" in reason for reason in refusals) and bool(refusals) == is_broken
+    if is_broken:
+        with pytest.raises(NotImplementedError, match=r"CUDA 12\.[89]: .* install jaxserve\[cuda13\]"):
+            choose_implementation("mosaic_gpu", geometry, platform="gpu")
+
+
+_PLUGIN = SimpleNamespace(cuda_runtime_get_version=lambda: 13000)
+
+
+@pytest.mark.parametrize(("plugin", "version"), [(None, None), (_PLUGIN, 13000)])
+def test_the_version_of_cuda_is_that_of_the_plugin(monkeypatch, plugin, version):
+    monkeypatch.setattr(importlib.import_module("jax._src.lib"), "cuda_versions", plugin)
+    assert cuda_runtime_version() == version
 
 
 def test_tiles_that_no_kernel_has_are_refused():

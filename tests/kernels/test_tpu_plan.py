@@ -15,7 +15,7 @@ from pallas_kernels.paged_attention.mosaic_tpu.layout import (
     queries_to_lanes,
     results_from_lanes,
 )
-from pallas_kernels.paged_attention.mosaic_tpu.tiles import decode_tiles, prefill_tiles
+from pallas_kernels.paged_attention.mosaic_tpu.tiles import heuristic_decode_tiles, heuristic_prefill_tiles
 
 NUM_TOKENS, NUM_ROWS, BLOCKS_PER_SEQ = 512, 8, 40
 GEOMETRY = AttentionGeometry(q_heads=9, kv_heads=3, head_dim=64, block_size=16, dtype="bfloat16")
@@ -55,7 +55,7 @@ def test_every_token_is_in_one_item_at_its_position(rows):
     expected = [(index, computed + new) for index, (computed, count) in enumerate(rows) for new in range(count)]
     assert items(plan.decodes) | items(plan.tiles) == dict(enumerate(expected))
     assert int(plan.decodes.num_items[0]) == sum(count == 1 for _, count in rows)
-    assert max(plan.tiles.lens) <= prefill_tiles(GEOMETRY).query_tile
+    assert max(plan.tiles.lens) <= heuristic_prefill_tiles(GEOMETRY).query_tile
     for work in (plan.decodes, plan.tiles):
         count = int(work.num_items[0])
         assert np.all(work.lens[:count] > 0)
@@ -95,11 +95,11 @@ def test_tiles_are_whole_blocks_and_whole_lanes_of_scores(q_heads, kv_heads, hea
     geometry = AttentionGeometry(
         q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype="bfloat16"
     )
-    for tiles in (decode_tiles(geometry), prefill_tiles(geometry)):
+    for tiles in (heuristic_decode_tiles(geometry), heuristic_prefill_tiles(geometry)):
         assert tiles.kv_tile % block_size == 0
         assert tiles.kv_tile % tiles.kv_chunk == 0
         assert tiles.kv_chunk % 128 == 0
-    query_tile = prefill_tiles(geometry).query_tile
+    query_tile = heuristic_prefill_tiles(geometry).query_tile
     assert query_tile & (query_tile - 1) == 0
     assert 16 <= query_tile <= 128
 

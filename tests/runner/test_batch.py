@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,7 +102,7 @@ def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBui
     padding = empty_batch(batch.bucket, BACKEND, blocks_per_seq=4)
     packing = Packing(ForwardBatch.from_host(padding))
     packed = packing.pack(ForwardBatch.from_host(batch))
-    unpacked = packing.unpack(packed)
+    unpacked = packing.unpack(jnp.asarray(packed))
     np.testing.assert_array_equal(unpacked.positions, batch.positions)
     np.testing.assert_array_equal(unpacked.metadata.kv_lens, batch.metadata.kv_lens)
 
@@ -141,3 +142,11 @@ def test_packing_refuses_other_shapes() -> None:
     packing = Packing({"a": np.zeros(3, np.int32)})
     with pytest.raises(ValueError, match="packing wants"):
         packing.pack({"a": np.zeros(4, np.int32)})
+
+
+def test_packed_arrays_start_where_kernels_expect_their_arguments() -> None:
+    packing = Packing({"a": np.zeros(3, np.int32), "b": np.zeros((2, 40), np.int32), "c": np.zeros(1, np.int32)})
+    packed = packing.pack({"a": np.full(3, 1), "b": np.full((2, 40), 2), "c": np.full(1, 3)})
+    starts = [int(np.argmax(packed == value)) for value in (1, 2, 3)]
+    assert all(start * packed.itemsize % 256 == 0 for start in starts)
+    assert starts[0] < starts[1] < starts[2]

@@ -16,6 +16,7 @@ namespace ffi = xla::ffi;
 
 constexpr int kChunk = 64;     // positions of keys at a time
 constexpr int kQueries = 48;   // of an item, unless one token has more
+constexpr int64_t kLine = 64;  // bytes
 constexpr float kMasked = -2.38e38f;  // -inf would give nan where nothing has been seen
 
 struct Batch {
@@ -149,16 +150,24 @@ void attend(const Batch& batch, const Item& item, const float* q, const W* k_poo
   const int32_t* table = batch.block_tables + item.row * batch.blocks_per_seq;
   const int64_t end = item.position + item.tokens;
   const int64_t begin = batch.window ? std::max<int64_t>(0, item.position - batch.window + 1) : 0;
+  const W *keys[kChunk], *values[kChunk], *next_keys[kChunk], *next_values[kChunk];
+  // Where a chunk's keys and values lie; they are asked for a chunk ahead, since blocks lie anywhere.
+  auto find = [&](int64_t first, const W** k, const W** v) {
+    const int64_t count = std::min<int64_t>(kChunk, end - first);
+    int64_t block = first / batch.block_size, offset = first % batch.block_size;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = ((table[block] * batch.block_size + offset) * batch.kv_heads + item.head) * depth;
+      k[i] = k_pool + at;
+      v[i] = v_pool + at;
+      for (int64_t d = 0; d < depth; d += kLine / sizeof(W)) __builtin_prefetch(k[i] + d, 0, 3);
+      for (int64_t d = 0; d < depth; d += kLine / sizeof(W)) __builtin_prefetch(v[i] + d, 0, 3);
+      if (++offset == batch.block_size) offset = 0, ++block;
+    }
+  };
+  find(begin, keys, values);
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t count = std::min<int64_t>(kChunk, end - first);
-    const W *keys[kChunk], *values[kChunk];
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t position = first + i;
-      const int64_t slot = table[position / batch.block_size] * batch.block_size + position % batch.block_size;
-      const int64_t at = (slot * batch.kv_heads + item.head) * depth;
-      keys[i] = k_pool + at;
-      values[i] = v_pool + at;
-    }
+    if (first + kChunk < end) find(first + kChunk, next_keys, next_values);
     for (int64_t i = 0; i < queries; i += kMaxRows) {
       const int rows = static_cast<int>(std::min<int64_t>(kMaxRows, queries - i));
       const auto* from = work.q.data() + i * q_stride;
@@ -178,6 +187,8 @@ void attend(const Batch& batch, const Item& item, const float* q, const W* k_poo
     for (int64_t i = 0; i < queries; i += kRows)
       add_values_of<W, kRows>(static_cast<int>(std::min<int64_t>(kRows, queries - i)), work.scores.data() + i * kChunk,
                               values, count, depth, work.out.data() + i * depth);
+    std::swap(keys, next_keys);
+    std::swap(values, next_values);
   }
   for (int64_t i = 0; i < queries; ++i) {
     float decay = 1.0f, total = work.total[i];

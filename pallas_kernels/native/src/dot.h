@@ -45,8 +45,13 @@ constexpr int64_t prepared_depth(int64_t depth) {
 
 template <class W>
 inline void prepare_row(const float* x, int64_t depth, typename Dot<W>::X* out) {
-  for (int64_t i = 0; i < depth; ++i) out[i] = Dot<W>::prepare(x[i]);
-  for (int64_t i = depth; i < prepared_depth<W>(depth); ++i) out[i] = 0;
+  int64_t i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (!std::is_same_v<W, float>)
+    for (; i + kLanes <= depth; i += kLanes) store(out + i, _mm512_cvtneps_pbh(load<__m512>(x + i)));
+#endif
+  for (; i < depth; ++i) out[i] = Dot<W>::prepare(x[i]);
+  for (; i < prepared_depth<W>(depth); ++i) out[i] = 0;
 }
 
 // y[r, c] = x[r] . w[c] for `Rows` prepared rows and `Columns` rows of `depth` weights.

@@ -10,11 +10,13 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kColumns = 16;             // an item writes whole cache lines of y
-constexpr int64_t kWeightBytes = 48 << 10;  // of one item: with the rows of x at hand it stays near a core
-constexpr int64_t kStreamedBytes = 128 << 10;  // of x
+constexpr int64_t kColumns = 16;               // an item writes whole cache lines of y
+constexpr int64_t kMostColumns = 256;          // of an item
+constexpr int64_t kItems = 8;                  // a thread, where the columns suffice
 constexpr int64_t kAhead = 4 * kWide;          // columns
-constexpr int64_t kRowBytes = 384 << 10;    // of the rows of x that weights are multiplied with at a time
+constexpr int64_t kStreamedBytes = 128 << 10;  // of x
+constexpr int64_t kWeightBytes = 48 << 10;     // of an item, where x is larger: both pass through a core's caches
+constexpr int64_t kRowBytes = 384 << 10;       // of the rows of x that weights are multiplied with at a time
 
 // Asks for the weights that come next: the processor's own prefetching starts anew, and late, with each row.
 template <class W>
@@ -42,8 +44,11 @@ void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64
     });
     prepared = room.data();
   }
-  const int64_t columns_each =
-      std::max<int64_t>(1, kWeightBytes / (depth * sizeof(W)) / kColumns) * kColumns;
+  // Few rows of x stay beside the core: each weight is fetched while others are used, and used for all rows at once.
+  const bool streams = rows * stride * sizeof(X) <= kStreamedBytes;
+  const int64_t wanted = streams ? std::min(kMostColumns, columns / (kItems * pool.num_threads()))
+                                 : kWeightBytes / (depth * sizeof(W));
+  const int64_t columns_each = std::max<int64_t>(1, wanted / kColumns) * kColumns;
   const int64_t rows_each =
       std::max<int64_t>(kMaxRows, kRowBytes / (stride * sizeof(X)) / kMaxRows * kMaxRows);
   const int64_t column_items = (columns + columns_each - 1) / columns_each;
@@ -73,7 +78,7 @@ void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64
       for (int64_t r = from_row; r < to_row; ++r)
         std::memcpy(y + r * columns + first, sums_of + (r - first_row) * width, width * sizeof(float));
     };
-    if (rows * stride * sizeof(X) <= kStreamedBytes) {
+    if (streams) {
       for (int64_t c = first; c < last; c += kWide) {
         fetch_ahead(w + (c + kAhead) * depth, kWide * depth, end);
         for (int64_t r = first_row; r < last_row; r += kMaxRows) block(r, c);

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.compat import gpu_interpret_params
+from pallas_kernels.compat import cuda_runtime_version, gpu_interpret_params
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
@@ -24,7 +24,11 @@ from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
     build_prefill_plan,
     prefill_plan_shapes,
 )
-from pallas_kernels.paged_attention.mosaic_gpu.tiles import BLOCK_SIZES, DTYPES, HEAD_DIMS, MAX_GROUP
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import BLOCK_SIZES, DTYPES, HEAD_DIMS, MAX_GROUP, GpuTiles
+
+# Their ptxas miscompiles causal masks: jax's own attention kernel refuses the same range. The runtime's number knows no
+# updates, so 12.9.1, where that is mended, cannot be told from 12.9.0.
+_BROKEN_CUDA = range(12080, 12091)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,13 +38,15 @@ class GpuPlan:
     decode: tuple[DecodePlan, ...]  # one for each of `windows`; zeros for padding tokens are the decode kernel's work
     prefill: PrefillPlan | None  # None: no row of more than MAX_DECODE_TOKENS tokens can come
     windows: tuple[int | None, ...]  # static
+    tiles: GpuTiles  # static
 
 
-jax.tree_util.register_dataclass(GpuPlan, data_fields=["decode", "prefill"], meta_fields=["windows"])
+jax.tree_util.register_dataclass(GpuPlan, data_fields=["decode", "prefill"], meta_fields=["windows", "tiles"])
 
 
 def check_supported(geometry: AttentionGeometry) -> None:
-    """NotImplementedError, with the reason, for geometries that these kernels cannot compute."""
+    """NotImplementedError, with the reason, for geometries that these kernels cannot compute, or a CUDA that cannot."""
+    _check_cuda(cuda_runtime_version())
     limits = {"head_dim": HEAD_DIMS, "dtype": DTYPES, "block_size": BLOCK_SIZES}
     for name, taken in limits.items():
         given = getattr(geometry, name)
@@ -49,6 +55,14 @@ def check_supported(geometry: AttentionGeometry) -> None:
     if geometry.group > MAX_GROUP:
         raise NotImplementedError(f"mosaic_gpu takes up to {MAX_GROUP} query heads a KV head, got {geometry.group}")
     check_prefill_supported(geometry)
+
+
+def _check_cuda(version: int | None) -> None:
+    if version is not None and version in _BROKEN_CUDA:
+        raise NotImplementedError(
+            f"mosaic_gpu does not run with CUDA {version // 1000}.{version % 1000 // 10}: ptxas miscompiles causal "
+            "masks (12.8.0 to 12.9.0); install jaxserve[cuda13], or a CUDA before 12.8"
+        )
 
 
 def plan_shapes(
@@ -60,7 +74,8 @@ def plan_shapes(
         prefill_plan = prefill_plan_shapes(geometry=geometry, num_tokens=num_tokens, num_rows=num_rows)
     sizes = _sizes(geometry, num_tokens, num_rows, blocks_per_seq, has_prefill)
     decode = decode_plan_shapes(geometry=geometry, sizes=sizes)
-    return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows)
+    tiles = GpuTiles.of(geometry)
+    return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows, tiles=tiles)
 
 
 def build_plan(
@@ -72,6 +87,7 @@ def build_plan(
     num_tokens: int,
     num_rows: int,
     has_prefill: bool,
+    tiles: GpuTiles | None = None,  # by default GpuTiles.of(geometry)
 ) -> GpuPlan:
     """The plan of a batch as numpy arrays of the bucket's shapes."""
     query_lens, kv_lens = np.asarray(query_lens, np.int32), np.asarray(kv_lens, np.int32)
@@ -84,7 +100,8 @@ def build_plan(
         )
     sizes = _sizes(geometry, num_tokens, num_rows, block_tables.shape[1], has_prefill)
     decode = build_decode_plan(query_lens, kv_lens, geometry=geometry, sizes=sizes, num_tokens=num_tokens, rows=rows)
-    return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows)
+    tiles = tiles or GpuTiles.of(geometry)
+    return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows, tiles=tiles)
 
 
 def _sizes(
@@ -120,7 +137,16 @@ def paged_attention(
         raise ValueError(f"the batch was planned for sliding windows {plan.windows}, not for {sliding_window}")
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
     decode_plan = plan.decode[plan.windows.index(sliding_window)]
-    out = paged_decode(q, k_pool, v_pool, metadata.block_tables, decode_plan, **options, interpret=interpret)
+    out = paged_decode(
+        q,
+        k_pool,
+        v_pool,
+        metadata.block_tables,
+        decode_plan,
+        **options,
+        tiles=plan.tiles.decode,
+        interpret=interpret,
+    )
     if plan.prefill is None:
         return out
     return prefill(
@@ -132,5 +158,6 @@ def paged_attention(
         metadata.kv_lens,
         plan.prefill,
         **options,
+        tiles=plan.tiles.prefill,
         interpret=gpu_interpret_params() if interpret else None,
     )

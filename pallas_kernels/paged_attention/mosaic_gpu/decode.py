@@ -31,7 +31,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, It
 from pallas_kernels.paged_attention.mosaic_gpu.decode_refs import KeyRange, Operands, Shared, Softmax, Work
 from pallas_kernels.paged_attention.mosaic_gpu.merge import LOG2E, Partials, merge_partials, sinks_by_row
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
-from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, decode_tiles
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, heuristic_decode_tiles
 
 # Layouts are given by hand: the other semantics, default since JAX 0.11, infer them and find none here. No row is
 # spread over warps, so reductions need no shared memory; at head_dim 256 the default is what would not fit.
@@ -73,7 +73,7 @@ def paged_decode(
     kv_heads, head_dim = k_pool.shape[2:]
     kernel = _Decode(
         wg=Warpgroup(interpret=interpret),
-        tiles=tiles or decode_tiles(head_dim),
+        tiles=tiles or heuristic_decode_tiles(head_dim),
         group=q.shape[1] // kv_heads,
         tokens_per_tile=plan.tokens_per_tile,
         num_partials=plan.num_partials,
@@ -390,7 +390,7 @@ class _Decode:
             decay = jnp.exp2(top - highest)
             scale = decay / (total * decay + jnp.exp2(sink - highest))
         _, result = shared.results
-        result[...] = (acc * wg.over_columns(scale, self.head_dim)).astype(self.dtype)
+        wg.store_slowly(result, (acc * wg.over_columns(scale, self.head_dim)).astype(self.dtype))
         self._for_each_token(
             work,
             lambda index: plgpu.copy_smem_to_gmem(
@@ -401,7 +401,8 @@ class _Decode:
 
     def _store_partial(self, operands: Operands, shared: Shared, work: Work, softmax: Softmax) -> None:
         result, _ = shared.results
-        result[...], shared.top[...], shared.total[...] = softmax
+        self.wg.store_slowly(result, softmax.acc)
+        shared.top[...], shared.total[...] = softmax.top, softmax.total
 
         def copy_token(index: int) -> None:
             rows = pl.ds(index * self.token_rows, self.token_rows)

@@ -18,9 +18,9 @@ show). Whoever runs it first: compare with the reference before timing anything.
 - `_zero_unread` orders its stores before the wgmma of the other warpgroups (partial last blocks alone are wrong);
 - results may take the memory of the queries (`_scratch`; all head_dims but 80 and 96 are wrong);
 - copies of single rows out of plain shared memory are aligned (`_store_rows`; tails of tiles are wrong).
-Then tune, in this order: `PrefillTiles` (3 stages at head_dim 128 fit, block_kv 192 at 64), the registers (232 and 40;
-224 and 56), the turns of the warpgroups (drop `_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
-to 12.9.0 miscompiles causal masks, so jax's own kernel refuses those: use 12.9.1 or later.
+Then tune, in this order: `PrefillTiles` (3 stages at head_dim 128 fit, block_kv 192 at 64), the registers (232 and 40
+spill), the turns of the warpgroups (drop `_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
+to 12.9.0 miscompiles causal masks, so `check_supported` passes them over, as jax's own kernel does.
 """
 
 import dataclasses
@@ -45,11 +45,11 @@ from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu.prefill_refs import Global, Item, Shared
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS, Warpgroup
-from pallas_kernels.paged_attention.mosaic_gpu.tiles import PrefillTiles, prefill_tiles
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import PrefillTiles, heuristic_prefill_tiles
 
 _LOG2E = math.log2(math.e)
 _LOWEST = -1e30  # where the largest score starts: finite, so that a row of masked scores (-inf) only is no nan
-_COMPUTE_REGISTERS, _PRODUCER_REGISTERS = 232, 40  # a thread; 128 * (2 * 232 + 40) of the SM's 65536
+_COMPUTE_REGISTERS, _PRODUCER_REGISTERS = 224, 56  # a thread; 128 * (2 * 224 + 56) of the SM's 65536
 _ALIGNED = 64  # elements of 16 bits: TMA wants 128-byte aligned rows in shared memory
 
 
@@ -84,7 +84,7 @@ def prefill(
         q_heads=q.shape[1], kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=q.dtype.name
     )
     check_prefill_supported(geometry)
-    tiles = tiles or prefill_tiles(head_dim)
+    tiles = tiles or heuristic_prefill_tiles(head_dim)
     kernel = _Prefill(
         geometry=geometry,
         tiles=tiles,
@@ -182,26 +182,34 @@ class _Prefill:
         ]
 
     def _item(self, g: Global, s: Shared) -> None:
-        warpgroup = lax.axis_index("warpgroup")
-        index = lax.axis_index("item")
-        is_empty = g.num_tokens[index] == 0
-
-        # Each branch reads the item by itself: what lived across both would not fit the producer's registers.
-        @pl.when(jnp.logical_not(is_empty) & (warpgroup < COMPUTE_WARPGROUPS))
+        # Each branch works out all that it needs by itself: what lived across both would be spilled, since the
+        # compiler has as few registers for it as the producer has.
+        @pl.when(lax.axis_index("warpgroup") < COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(_COMPUTE_REGISTERS, action="increase")
-            self._compute(g, s, self._read_item(g, index), warpgroup)
+            item = self._read_item(g)
 
-        @pl.when(jnp.logical_not(is_empty) & (warpgroup == COMPUTE_WARPGROUPS))
+            @pl.when(item.num_tokens > 0)
+            def _() -> None:
+                result = self._compute(g, s, item)
+                self._store(g, s, self._read_item(g), result)
+
+        @pl.when(lax.axis_index("warpgroup") == COMPUTE_WARPGROUPS)
         def _() -> None:
             plgpu.set_max_registers(_PRODUCER_REGISTERS, action="decrease")
-            self._produce(g, s, self._read_item(g, index))
+            item = self._read_item(g)
 
-    def _read_item(self, g: Global, index: jax.Array) -> Item:
+            @pl.when(item.num_tokens > 0)
+            def _() -> None:
+                self._produce(g, s, item)
+
+    def _read_item(self, g: Global) -> Item:
+        """The thread block's item. Each call reads it anew, so that no register holds it from one to the next."""
         block_kv = jnp.int32(self.tiles.block_kv)
+        index, heads = lax.optimization_barrier((lax.axis_index("item"), lax.axis_index("heads")))
         row, num_tokens = g.rows[index], g.num_tokens[index]
         first_position, computed = g.first_positions[index], g.computed_lens[index]
-        first_head = lax.axis_index("heads") * self.heads
+        first_head = heads * self.heads
         window = self.sliding_window
         lowest = 0 if window is None else jnp.maximum(first_position - window + 1, 0)
         first_tile = lax.div(jnp.int32(lowest), block_kv)
@@ -289,7 +297,9 @@ class _Prefill:
 
     # The compute warpgroups.
 
-    def _compute(self, g: Global, s: Shared, item: Item, warpgroup: jax.Array) -> None:
+    def _compute(self, g: Global, s: Shared, item: Item) -> jax.Array:
+        """The attention of this warpgroup's queries, [ROWS, head_dim] in q's dtype."""
+        warpgroup = lax.axis_index("warpgroup")
         first_token = item.first_token + warpgroup * self.tokens
         for head in range(self.heads):
             plgpu.copy_gmem_to_smem(
@@ -306,8 +316,9 @@ class _Prefill:
 
         carry: Any = self._start(g, item)
         position = item.first_position + warpgroup * self.tokens
+        ahead = position - item.first_tile * self.tiles.block_kv  # of the first query, of the first key
         for first, last, masked in self._ranges(item, position):
-            carry = lax.fori_loop(first, last, self._step(s, item, warpgroup, position, masked), carry)
+            carry = lax.fori_loop(first, last, self._step(s, item.num_tiles, warpgroup, ahead, masked), carry)
 
         @pl.when(warpgroup == 0)
         def _() -> None:
@@ -315,7 +326,7 @@ class _Prefill:
 
         acc, _, total = carry
         result: jax.Array = acc * self.product.over_columns(1.0 / total, self.geometry.head_dim)
-        self._store(g, s, item, warpgroup, result.astype(self.geometry.dtype))
+        return result.astype(self.geometry.dtype)
 
     def _start(self, g: Global, item: Item) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Weighted values, largest score and sum of weights before the first tile: a sink is a score without value."""
@@ -340,14 +351,15 @@ class _Prefill:
         return [(0, window_edge, True), (window_edge, causal_edge, False), (causal_edge, item.num_tiles, True)]
 
     def _step(
-        self, s: Shared, item: Item, warpgroup: jax.Array, position: jax.Array, masked: bool
+        self, s: Shared, num_tiles: jax.Array, warpgroup: jax.Array, ahead: jax.Array, masked: bool
     ) -> Callable[..., Any]:
         def step(index: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             acc, top, total = carry
             slot = lax.rem(index, jnp.int32(self.tiles.stages))
-            scores = self.product.scores(s.q.at[warpgroup], s.k.at[slot], lambda: _take_turn(s))
+            own = lax.optimization_barrier(warpgroup)  # else a descriptor for each product is held all the while
+            scores = self.product.scores(s.q.at[own], s.k.at[slot], lambda: _take_turn(s))
             plgpu.barrier_arrive(s.k_free.at[slot])
-            visible = self._visible(position, (item.first_tile + index) * self.tiles.block_kv) if masked else None
+            visible = self._visible(ahead - index * self.tiles.block_kv) if masked else None
             weights, top, shrink = self._softmax(scores, top, visible)
             acc = acc * self.product.over_columns(shrink, self.geometry.head_dim)
             total = total * shrink
@@ -363,7 +375,7 @@ class _Prefill:
                 total = total + weights.sum(axis=1)
 
             def await_next_keys() -> None:
-                @pl.when(index + 1 < item.num_tiles)
+                @pl.when(index + 1 < num_tiles)
                 def _() -> None:
                     plgpu.barrier_wait(s.k_full.at[lax.rem(index + 1, jnp.int32(self.tiles.stages))])
 
@@ -373,11 +385,11 @@ class _Prefill:
 
         return step
 
-    def _visible(self, position: jax.Array, start: jax.Array) -> jax.Array:
-        """bool[ROWS, block_kv]: which keys of the tile at `start` each row's query sees."""
+    def _visible(self, ahead: jax.Array) -> jax.Array:
+        """bool[ROWS, block_kv]: which keys of a tile each row's query sees; the first is `ahead` of the first key."""
         shape = (ROWS, self.tiles.block_kv)
         query = self.product.iota(shape, 0) & (self.tokens - 1)
-        distance = query - self.product.iota(shape, 1) + (position - start)
+        distance = query - self.product.iota(shape, 1) + ahead
         visible = distance >= 0
         return visible if self.sliding_window is None else visible & (distance < self.sliding_window)
 
@@ -397,8 +409,9 @@ class _Prefill:
 
     # Results.
 
-    def _store(self, g: Global, s: Shared, item: Item, warpgroup: jax.Array, result: jax.Array) -> None:
+    def _store(self, g: Global, s: Shared, item: Item, result: jax.Array) -> None:
         """Writes the warpgroup's tokens of the item, and no other: whole tiles at once, the others row by row."""
+        warpgroup = lax.axis_index("warpgroup")
         first_token = item.first_token + warpgroup * self.tokens
         num_tokens = jnp.clip(item.num_tokens - warpgroup * self.tokens, 0, self.tokens)
 
@@ -416,7 +429,7 @@ class _Prefill:
         @pl.when(num_tokens < self.tokens)
         def _() -> None:
             rows = s.rows_out.at[warpgroup]
-            rows.at[:, pl.ds(0, self.geometry.head_dim)][...] = result
+            self.product.store_slowly(rows.at[:, pl.ds(0, self.geometry.head_dim)], result)
             plgpu.commit_smem()
             self._store_rows(g, item, rows, first_token, num_tokens)
 

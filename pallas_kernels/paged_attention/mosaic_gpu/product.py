@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import gpu_load
+from pallas_kernels.compat import gpu_load, gpu_store_slowly
 
 ROWS = 64  # of wgmma's first operand, per warpgroup; a larger tile has a multiple of it
 
@@ -61,6 +61,13 @@ class Warpgroup:
     def load_rows(self, ref: Any) -> jax.Array:
         """[rows] from global or shared memory, laid out as a reduction over the columns of a product."""
         return ref[...] if self.interpret else gpu_load(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+    def store_slowly(self, ref: Any, value: jax.Array) -> None:
+        """[rows, columns] to shared memory in a layout that may have bank conflicts."""
+        if self.interpret:
+            ref[...] = value
+        else:
+            gpu_store_slowly(ref, value)
 
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         """i32[rows, columns], laid out as the result of a product."""

@@ -16,7 +16,12 @@ from pallas_kernels.paged_attention.mosaic_tpu.layout import (
 from pallas_kernels.paged_attention.mosaic_tpu.plan import TpuPlan
 from pallas_kernels.paged_attention.mosaic_tpu.ragged import attend
 from pallas_kernels.paged_attention.mosaic_tpu.settings import Settings, vmem_bytes
-from pallas_kernels.paged_attention.mosaic_tpu.tiles import VMEM_BYTES, decode_tiles, layout_of, prefill_tiles
+from pallas_kernels.paged_attention.mosaic_tpu.tiles import (
+    VMEM_BYTES,
+    heuristic_decode_tiles,
+    heuristic_prefill_tiles,
+    layout_of,
+)
 
 DTYPES = ("bfloat16", "float32")
 MAX_TABLE_BYTES = 768 << 10  # of 1 MiB of SMEM
@@ -30,7 +35,7 @@ def check_supported(geometry: AttentionGeometry) -> None:
         raise NotImplementedError(f"blocks of {geometry.block_size}; the TPU kernel takes multiples of 16 up to 256")
     if geometry.head_dim % 8 or geometry.head_dim > 256:
         raise NotImplementedError(f"head_dim {geometry.head_dim}; the TPU kernel takes multiples of 8 up to 256")
-    for tiles in (decode_tiles(geometry), prefill_tiles(geometry)):
+    for tiles in (heuristic_decode_tiles(geometry), heuristic_prefill_tiles(geometry)):
         settings = Settings(
             layout=layout_of(geometry), tiles=tiles, block_size=geometry.block_size, dtype=geometry.dtype
         )
@@ -60,11 +65,11 @@ def paged_attention(
     num_tokens = q.shape[0]
     lane_q = queries_to_lanes(q, layout)
     if plan.tiles is not None:  # a kernel copies whole query tiles where it can, and they must exist
-        lane_q = jnp.pad(lane_q, ((0, max(0, prefill_tiles(geometry).query_tile - num_tokens)), (0, 0), (0, 0)))
+        lane_q = jnp.pad(lane_q, ((0, max(0, plan.sizes.prefill.query_tile - num_tokens)), (0, 0), (0, 0)))
     no_sinks = jnp.full(layout.q_rows, MASKED, jnp.float32)
     lane_sinks = no_sinks if sinks is None else no_sinks.at[: layout.q_heads].set(sinks)
     out = jnp.zeros_like(lane_q)
-    for tiles, work in ((decode_tiles(geometry), plan.decodes), (prefill_tiles(geometry), plan.tiles)):
+    for tiles, work in ((plan.sizes.decode, plan.decodes), (plan.sizes.prefill, plan.tiles)):
         if work is None:
             continue
         settings = Settings(

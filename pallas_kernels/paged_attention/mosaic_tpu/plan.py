@@ -9,7 +9,7 @@ import numpy as np
 
 from pallas_kernels.compat import register_pytree_dataclass
 from pallas_kernels.paged_attention.geometry import AttentionGeometry, padded
-from pallas_kernels.paged_attention.mosaic_tpu.tiles import prefill_tiles
+from pallas_kernels.paged_attention.mosaic_tpu.tiles import TpuTiles
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +38,10 @@ class TpuPlan:
     decodes: WorkList
     tiles: WorkList | None  # None: the bucket takes rows of one token only
     geometry: AttentionGeometry  # static: lanes alone do not tell how many KV heads they hold
+    sizes: TpuTiles  # static
 
 
-jax.tree_util.register_dataclass(TpuPlan, data_fields=["decodes", "tiles"], meta_fields=["geometry"])
+jax.tree_util.register_dataclass(TpuPlan, data_fields=["decodes", "tiles"], meta_fields=["geometry", "sizes"])
 
 
 def plan_sizes(*, query_tile: int, num_tokens: int, num_rows: int) -> tuple[int, int]:
@@ -59,9 +60,10 @@ def plan_shapes(
 ) -> TpuPlan:
     """The ShapeDtypeStructs of a bucket's plan; the width of the tables does not matter."""
     del blocks_per_seq
-    sizes = _sizes(geometry, num_tokens, num_rows)
-    decodes, tiles = (_work_list(lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32), size) for size in sizes)
-    return TpuPlan(decodes=decodes, tiles=tiles if has_prefill else None, geometry=geometry)
+    sizes = TpuTiles.of(geometry)
+    lengths = _lengths(sizes, num_tokens, num_rows)
+    decodes, query_tiles = (_work_list(lambda shape: jax.ShapeDtypeStruct(shape, jnp.int32), n) for n in lengths)
+    return TpuPlan(decodes=decodes, tiles=query_tiles if has_prefill else None, geometry=geometry, sizes=sizes)
 
 
 def build_plan(
@@ -73,29 +75,31 @@ def build_plan(
     num_tokens: int,
     num_rows: int,
     has_prefill: bool,
+    tiles: TpuTiles | None = None,  # by default TpuTiles.of(geometry)
 ) -> TpuPlan:
     """The plan of a batch that fits the bucket, as numpy arrays of the shapes that `plan_shapes` gives."""
     del block_tables
-    num_decodes, num_tiles = _sizes(geometry, num_tokens, num_rows)
+    sizes = tiles or TpuTiles.of(geometry)
+    num_decodes, num_tiles = _lengths(sizes, num_tokens, num_rows)
     starts = np.cumsum(query_lens) - query_lens
     computed = kv_lens - query_lens
     alone = np.flatnonzero(query_lens == 1)
     decodes = _filled(num_decodes, alone, starts[alone], computed[alone], np.ones_like(alone))
     if not has_prefill:
-        return TpuPlan(decodes=decodes, tiles=None, geometry=geometry)
-    tile = prefill_tiles(geometry).query_tile
+        return TpuPlan(decodes=decodes, tiles=None, geometry=geometry, sizes=sizes)
+    tile = sizes.prefill.query_tile
     rows = np.flatnonzero(query_lens > 1)
     counts = -(-query_lens[rows] // tile)
     owners = np.repeat(rows, counts)
     first = (np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts)) * tile
     lens = np.minimum(query_lens[owners] - first, tile)
-    tiles = _filled(num_tiles, owners, starts[owners] + first, computed[owners] + first, lens)
-    return TpuPlan(decodes=decodes, tiles=tiles, geometry=geometry)
+    query_tiles = _filled(num_tiles, owners, starts[owners] + first, computed[owners] + first, lens)
+    return TpuPlan(decodes=decodes, tiles=query_tiles, geometry=geometry, sizes=sizes)
 
 
-def _sizes(geometry: AttentionGeometry, num_tokens: int, num_rows: int) -> tuple[int, int]:
-    sizes = plan_sizes(query_tile=prefill_tiles(geometry).query_tile, num_tokens=num_tokens, num_rows=num_rows)
-    return max(1, sizes[0]), max(1, sizes[1])  # a kernel takes no empty arrays
+def _lengths(sizes: TpuTiles, num_tokens: int, num_rows: int) -> tuple[int, int]:
+    lengths = plan_sizes(query_tile=sizes.prefill.query_tile, num_tokens=num_tokens, num_rows=num_rows)
+    return max(1, lengths[0]), max(1, lengths[1])  # a kernel takes no empty arrays
 
 
 def _work_list(make: Any, size: int) -> WorkList:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.numerics import MASKED, from_storage
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
@@ -79,17 +80,17 @@ class _Pools(NamedTuple):
 
 
 def paged_attention(
-    q: jax.Array,  # [tokens, q_heads, head_dim]
-    k_pool: jax.Array,  # [num_blocks, block_size, kv_heads, head_dim]
-    v_pool: jax.Array,
+    q: Float[Array, "tokens q_heads head_dim"],
+    k_pool: Shaped[Array, "num_blocks block_size kv_heads head_dim"],
+    v_pool: Shaped[Array, "num_blocks block_size kv_heads head_dim"],
     metadata: AttentionMetadata,
     *,
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    sinks: jax.Array | None = None,  # f32[q_heads]
-) -> jax.Array:
-    """Returns [tokens, q_heads, head_dim] in q's dtype."""
+    sinks: Float[Array, " q_heads"] | None = None,
+) -> Float[Array, "tokens q_heads head_dim"]:
+    """Attention in q's dtype."""
     plan: XlaPlan = metadata.plan
     block_size, kv_heads, head_dim = k_pool.shape[1:]
     width = kv_heads * head_dim
