@@ -76,7 +76,7 @@ class CacheSettings(_Settings):
         default=None, description="KV pool size a device, such as 2GiB; instead of gpu_memory_utilization."
     )
     num_gpu_blocks_override: int | None = Field(
-        default=None, ge=2, description="Blocks in the pool, one of them reserved."
+        default=None, ge=2, description="Blocks in a model copy's pool, one of them reserved."
     )
     enable_prefix_caching: bool = Field(default=True, description="Share the blocks of equal prompt beginnings.")
 
@@ -85,9 +85,9 @@ class SchedulerSettings(_Settings):
     """Who runs when."""
 
     max_num_batched_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens a step, over all requests. [by device]"
+        default=None, ge=1, description="Tokens a step, over all requests of a model copy. [by device]"
     )
-    max_num_seqs: int | None = Field(default=None, ge=1, description="Requests that run at once. [by device]")
+    max_num_seqs: int | None = Field(default=None, ge=1, description="Requests a model copy runs at once. [by device]")
     scheduling_policy: Literal["fcfs", "priority"] = Field(
         default="fcfs", description="fcfs: first come, first served; priority: lowest number first."
     )
@@ -102,6 +102,7 @@ class ParallelSettings(_Settings):
     """How the model is spread over devices."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share every layer.")
+    data_parallel_size: int = Field(default=1, ge=1, description="Copies of the model, each with its own requests.")
 
 
 class RuntimeSettings(_Settings):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.errors import ConfigError
-from jaxserve.parallel.mesh import TENSOR
+from jaxserve.parallel.mesh import DATA, TENSOR, AnyMesh, platform_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.numerics import POOL_HEAD_AXIS, pool_dtype
 from pallas_kernels.pools import pool_shape_of
@@ -21,14 +21,20 @@ LayerCache = tuple[jax.Array, jax.Array]  # one layer's K pool and V pool, in th
 RESERVED_BLOCKS = 1  # block 0 takes the writes of padding rows
 
 
-def pool_partition_spec() -> PartitionSpec:
-    """How a pool is split over the mesh: by KV head, whichever axis the layout has it on."""
-    return PartitionSpec(*(TENSOR if axis == POOL_HEAD_AXIS else None for axis in range(POOL_HEAD_AXIS + 1)))
+def pool_partition_spec(block_axis: str | None = DATA) -> PartitionSpec:
+    """How a pool is split over the mesh: by block, for each data shard has a pool, and by KV head.
+
+    With `block_axis=None`: how one data shard's pool is split.
+    """
+    return PartitionSpec(block_axis, *[None] * (POOL_HEAD_AXIS - 1), TENSOR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVCacheSpec:
-    """Sizes of the cache, all layers alike; the attention implementation decides the layout of a pool."""
+    """Sizes of the cache, all layers alike; the attention implementation decides the layout of a pool.
+
+    Each data shard of a mesh has a pool, with blocks of its own that it numbers from 0; block counts are those of one.
+    """
 
     num_layers: int
     num_kv_heads: int
@@ -40,7 +46,7 @@ class KVCacheSpec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes that one block takes over all layers, K and V, on all devices together."""
+        """Bytes that one block takes over all layers, K and V, on all devices of its data shard together."""
         values = 2 * math.prod(self.layer_shape(1))  # with whatever the layout pads
         return self.num_layers * values * jnp.dtype(self.dtype).itemsize
 
@@ -55,7 +61,7 @@ class KVCacheSpec:
         return int(num_blocks)
 
     def layer_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """Shape of one layer's K (or V) pool, of all devices together."""
+        """Shape of one layer's K (or V) pool, of all devices of a data shard together."""
         shape = list(
             pool_shape_of(
                 self.implementation,
@@ -68,17 +74,17 @@ class KVCacheSpec:
         shape[POOL_HEAD_AXIS] *= self.num_shards
         return tuple(shape)
 
-    def abstract(self, num_blocks: int, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+    def abstract(self, num_blocks: int, mesh: AnyMesh) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
         """Shapes, dtypes and shardings of the arrays that `allocate` makes."""
         one = jax.ShapeDtypeStruct(
-            self.layer_shape(num_blocks),
-            pool_dtype(self.dtype, mesh.devices.flat[0].platform),
+            self.layer_shape(num_blocks * mesh.shape[DATA]),
+            pool_dtype(self.dtype, platform_of(mesh)),
             sharding=NamedSharding(mesh, pool_partition_spec()),
         )
         return [(one, one)] * self.num_layers
 
     def allocate(self, num_blocks: int, mesh: Mesh) -> list[LayerCache]:
-        """Zeroed pools of all layers, split over the mesh by KV head."""
+        """Zeroed pools of all layers and data shards, split over the mesh."""
         abstract = self.abstract(num_blocks, mesh)
 
         def zeros() -> list[LayerCache]:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from jaxserve.cli import bench, chat, environment, serve, show_config
+from jaxserve.cli import bench, chat, environment, plan, serve, show_config
 from jaxserve.cli.flags import takes_config
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError, TokenizerError
 
@@ -27,6 +27,7 @@ app.command("serve")(takes_config(serve.serve))
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
 app.command("config")(takes_config(show_config.show_config))
+app.command("plan")(takes_config(plan.plan))
 app.command("collect-env")(environment.collect_env)
 app.add_typer(bench.app, name="bench")
 

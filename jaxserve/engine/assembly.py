@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import jax
+from jax.sharding import Mesh
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.config import Config
 from jaxserve.engine.side_by_side import GivenUp, side_by_side
+from jaxserve.parallel.mesh import DATA, platform_of
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import ModelFiles, load_weights
 from jaxserve.runner.memory import (
@@ -51,6 +53,7 @@ class Assembly:
     """Brings weights, pools and programs together."""
 
     config: Config
+    mesh: Mesh
     files: ModelFiles
     graph: ModelGraph
     settings: SchedulerSettings
@@ -64,9 +67,9 @@ class Assembly:
         useful = num_useful_blocks(
             self.spec, max_num_seqs=self.settings.max_num_seqs, max_model_len=self.settings.max_model_len
         )
-        num_blocks = blocks_from_budget(self.config.cache, self.spec, num_devices=self.graph.mesh.size)
-        if num_blocks is None and self.graph.mesh.devices.flat[0].platform == "cpu":
-            num_blocks = blocks_on_cpu(self.spec, num_useful=useful)
+        num_blocks = blocks_from_budget(self.config.cache, self.spec)
+        if num_blocks is None and platform_of(self.graph.mesh) == "cpu":
+            num_blocks = blocks_on_cpu(self.spec, num_useful=useful, num_pools=self.graph.mesh.shape[DATA])
         if num_blocks is None:
             return self._one_after_the_other(useful)
         shapes = self._fitting(num_blocks)
@@ -83,9 +86,9 @@ class Assembly:
             trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
             step_bytes = Programs(self.graph, self._shapes(trial, self.settings.max_model_len)).step_bytes()
             jax.block_until_ready(params)
-            device = self.graph.mesh.devices.flat[0]
+            device = self.mesh.devices.flat[0]
             memory = DeviceMemory.read(device, share=self.memory_share, step_bytes=step_bytes)
-        num_blocks = blocks_on_device(self.spec, memory, num_devices=self.graph.mesh.size, num_useful=useful)
+        num_blocks = blocks_on_device(self.spec, memory, num_useful=useful)
         shapes = self._fitting(num_blocks)
         # Compiled before the pool takes the memory that kernels are tried out on.
         programs = self._compile(shapes, given_up)
@@ -115,7 +118,7 @@ class Assembly:
 
     def _allocate(self, num_blocks: int) -> list[LayerCache]:
         with self.phases.phase("allocate"):
-            return jax.block_until_ready(self.spec.allocate(num_blocks, self.graph.mesh))
+            return jax.block_until_ready(self.spec.allocate(num_blocks, self.mesh))
 
     def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> Programs:
         def on_compiled(done: int, total: int) -> None:

@@ -14,6 +14,7 @@ from jaxserve.errors import EngineDeadError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 from jaxserve.runner.model_runner import PendingStep, Runner
+from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.scheduler import Scheduler
 
@@ -31,7 +32,7 @@ class EngineCore:
         """Load and compile (or take what `started` brings): ready afterwards."""
         started = started or start(config, on_progress or (lambda line: None))
         self.info: CoreInfo = started.info
-        self._scheduler: Scheduler = started.scheduler
+        self._scheduler: Scheduler | DataParallelScheduler = started.scheduler
         self._runner: Runner = started.runner
         self._guard = started.guard
         self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight

@@ -18,12 +18,14 @@ from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
 from jaxserve.layers.numerics import Numerics
-from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
+from jaxserve.runner.programs import ProgramShapes
+from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.source import cache_dir
@@ -34,7 +36,7 @@ class Started:
     """What `EngineCore` runs on."""
 
     info: CoreInfo
-    scheduler: Scheduler
+    scheduler: Scheduler | DataParallelScheduler
     runner: Runner
     guard: CompileGuard
 
@@ -46,11 +48,12 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     enable_persistent_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
     guard = CompileGuard()
     with phases.phase("device"):
-        mesh = make_mesh(config.parallel.tensor_parallel_size)
+        parallel = config.parallel
+        mesh = make_mesh(parallel.tensor_parallel_size, data_parallel_size=parallel.data_parallel_size)
     with phases.phase("open"):
         files = open_model(config.model)
-        defaults = DeviceDefaults.of(mesh.devices.flat[0].platform)
-        settings = _settings(config, files, defaults)
+        defaults = DeviceDefaults.of(platform_of(mesh))
+        settings = scheduler_settings(config, files, defaults)
         backend = choose_backend(
             files.decoder,
             dtype=files.dtype,
@@ -60,9 +63,10 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         )
         graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
     spec = graph.kv_cache_spec()
-    buckets = _buckets(config, settings, graph.numerics)
+    buckets = step_buckets(config, settings, graph.numerics)
     assembly = Assembly(
         config=config,
+        mesh=mesh,
         files=files,
         graph=graph,
         settings=settings,
@@ -74,13 +78,11 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     params, caches, programs, shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
     runner = ModelRunner(graph, params, programs, shapes, caches)
-    pool = BlockPool(shapes.num_blocks, spec.block_size)
-    prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,
         vocab_size=files.decoder.vocab_size,
-        num_blocks=shapes.num_blocks,
+        num_blocks=shapes.num_blocks * parallel.data_parallel_size,
         block_size=spec.block_size,
         fingerprint=_fingerprint(config, files),
         eos_token_ids=files.eos_token_ids,
@@ -89,13 +91,27 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     )
     return Started(
         info=info,
-        scheduler=Scheduler(settings, pool, prefix_cache),
+        scheduler=_scheduler(config, settings, shapes),
         runner=runner,
         guard=guard,
     )
 
 
-def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:
+def _scheduler(config: Config, settings: SchedulerSettings, shapes: ProgramShapes) -> Scheduler | DataParallelScheduler:
+    """One for each data shard, and what makes one of several."""
+    schedulers = []
+    for shard in range(config.parallel.data_parallel_size):
+        pool = BlockPool(shapes.num_blocks, shapes.kv_spec.block_size)
+        prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
+        first_slot = shard * shapes.tokens_shape[0] + 1
+        schedulers.append(Scheduler(replace(settings, first_slot=first_slot), pool, prefix_cache))
+    if len(schedulers) == 1:
+        return schedulers[0]
+    return DataParallelScheduler(schedulers, max_queued_requests=settings.max_queued_requests)
+
+
+def scheduler_settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> SchedulerSettings:
+    """The limits of each data shard's scheduler, with the device's defaults where the config leaves them open."""
     max_model_len = files.max_model_len(config.model.max_model_len)
     max_num_seqs = config.scheduler.max_num_seqs or defaults.max_num_seqs
     return SchedulerSettings(
@@ -109,7 +125,8 @@ def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> Sc
     )
 
 
-def _buckets(config: Config, settings: SchedulerSettings, numerics: Numerics) -> Buckets:
+def step_buckets(config: Config, settings: SchedulerSettings, numerics: Numerics) -> Buckets:
+    """The padded step sizes that are compiled."""
     # XLA:CPU has no fast 16-bit matrix-vector product: 30 ms, not 2, for a head of 49,152 tokens.
     is_slow_alone = numerics.products == "xla_cpu" and jnp.dtype(numerics.weights).itemsize < 4
     return Buckets.plan(

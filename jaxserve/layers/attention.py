@@ -8,14 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxserve.cache.kv_cache import LayerCache, pool_partition_spec
 from jaxserve.layers.linear import Linear
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import Rotation
-from jaxserve.parallel.mesh import TENSOR
+from jaxserve.parallel.mesh import TENSOR, AnyMesh
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.paged_attention import AttentionGeometry, AttentionMetadata, paged_attention
@@ -34,7 +34,7 @@ class AttentionInputs:
 class AttentionBackend:
     """Where attention runs: the mesh, and which implementation for which sizes."""
 
-    mesh: Mesh
+    mesh: AnyMesh
     implementation: Implementation
     geometry: AttentionGeometry  # of one device's heads
 
@@ -99,12 +99,12 @@ class Attention(nnx.Module):
         )
         if self.backend.mesh.size > 1:  # kernels see one device's heads; nothing crosses devices here
             heads = PartitionSpec(None, TENSOR)
-            pool = pool_partition_spec()
-            run = jax.shard_map(
+            pool = pool_partition_spec(block_axis=None)
+            run = jax.shard_map(  # inside that of `on_each_data_shard`
                 run,
-                mesh=self.backend.mesh,
                 in_specs=(heads, PartitionSpec(), (pool, pool), PartitionSpec()),
                 out_specs=(heads, (pool, pool)),
+                axis_names={TENSOR},
                 check_vma=False,
             )
         return run(qkv, angles, cache, inputs)

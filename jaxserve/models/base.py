@@ -56,7 +56,29 @@ class DecoderConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
-    num_shards: int = 1  # parts that fused projections are laid out in: the mesh's size
+    num_shards: int = 1  # devices that share each layer: parts that fused projections are laid out in
+    vocab_padding: int = 0  # rows of zeros behind the embedding and the head, so that devices get equal parts
+
+    @property
+    def kv_head_copies(self) -> int:
+        """How many devices hold each KV head: more than one where there are more devices than heads."""
+        return max(1, self.num_shards // self.num_kv_heads)
+
+    @property
+    def num_cached_kv_heads(self) -> int:
+        """KV heads of the cache and of the fused projection, copies counted."""
+        return self.num_kv_heads * self.kv_head_copies
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and of the head."""
+        return self.vocab_size + self.vocab_padding
+
+    def can_split_over(self, num_shards: int) -> bool:
+        """Whether so many devices can share each layer: whole query heads and equal feed-forward parts for all, and
+        whole KV heads for each or whole groups of devices for each KV head."""
+        shares_kv = self.num_kv_heads % num_shards == 0 or num_shards % self.num_kv_heads == 0
+        return self.num_q_heads % num_shards == 0 and self.ffn_size % num_shards == 0 and shares_kv
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -31,7 +32,7 @@ class DecoderLayer(nnx.Module):
             AttentionShape(
                 hidden_size=config.hidden_size,
                 num_q_heads=config.num_q_heads,
-                num_kv_heads=config.num_kv_heads,
+                num_kv_heads=config.num_cached_kv_heads,
                 head_dim=config.head_dim,
             ),
             numerics=numerics,
@@ -61,13 +62,13 @@ class Llama(nnx.Module):
     """Embedding, decoder layers, final norm, head."""
 
     def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None:
-        self.embedding = Embedding(config.vocab_size, config.hidden_size, numerics=numerics)
+        self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, numerics=numerics)
         self.layers = nnx.List(
             DecoderLayer(config, numerics=numerics, backend=backend) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, epsilon=config.norm_epsilon, numerics=numerics)
         tied = config.tie_embeddings
-        self.head = None if tied else Embedding(config.vocab_size, config.hidden_size, numerics=numerics)
+        self.head = None if tied else Embedding(config.padded_vocab_size, config.hidden_size, numerics=numerics)
         self.rope = config.rope
 
     def hidden_states(
@@ -86,13 +87,12 @@ class Llama(nnx.Module):
 
     @staticmethod
     def weight_rules(config: DecoderConfig) -> list[WeightRule]:
-        hidden, vocab = config.hidden_size, config.vocab_size
         rules = [
-            _plain("embedding.weight", "model.embed_tokens.weight", (vocab, hidden)),
-            _plain("norm.weight", "model.norm.weight", (hidden,)),
+            _vocabulary_rule(config, "embedding.weight", "model.embed_tokens.weight"),
+            _plain("norm.weight", "model.norm.weight", (config.hidden_size,)),
         ]
         if not config.tie_embeddings:
-            rules.append(_plain("head.weight", "lm_head.weight", (vocab, hidden)))
+            rules.append(_vocabulary_rule(config, "head.weight", "lm_head.weight"))
         for index in range(config.num_layers):
             rules += _layer_rules(config, index)
         return rules
@@ -100,6 +100,22 @@ class Llama(nnx.Module):
 
 def _plain(param: str, source: str, shape: tuple[int, ...]) -> WeightRule:
     return WeightRule(param=param, sources=(source,), shapes=(shape,), param_shape=shape)
+
+
+def _vocabulary_rule(config: DecoderConfig, param: str, source: str) -> WeightRule:
+    shape = (config.vocab_size, config.hidden_size)
+    rule = _plain(param, source, shape)
+    if not config.vocab_padding:
+        return rule
+    padded_shape = (config.padded_vocab_size, config.hidden_size)
+
+    def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
+        (tensor,) = tensors
+        padded = np.zeros(padded_shape, tensor.dtype)
+        padded[: config.vocab_size] = tensor
+        return padded
+
+    return replace(rule, param_shape=padded_shape, assemble=assemble)
 
 
 def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
@@ -123,13 +139,17 @@ def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
 
 
 def _qkv_rule(config: DecoderConfig, ours: str, theirs: str, part: str, tail: tuple[int, ...]) -> WeightRule:
-    kv_heads, head_dim = config.num_kv_heads, config.head_dim
+    """Each KV head with its query heads; where devices outnumber KV heads, each copy of one with a part of them."""
+    kv_heads, head_dim = config.num_cached_kv_heads, config.head_dim
     group = config.num_q_heads // kv_heads
-    q_shape, kv_shape = (config.num_q_heads * head_dim, *tail), (kv_heads * head_dim, *tail)
+    q_shape, kv_shape = (config.num_q_heads * head_dim, *tail), (config.num_kv_heads * head_dim, *tail)
 
     def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
-        heads = [tensor.reshape(kv_heads, -1, head_dim, *tail) for tensor in tensors]  # q, k, v by KV head
-        return np.concatenate(heads, axis=1)
+        q = tensors[0].reshape(kv_heads, group, head_dim, *tail)
+        k, v = (
+            np.repeat(tensor.reshape(-1, 1, head_dim, *tail), config.kv_head_copies, axis=0) for tensor in tensors[1:]
+        )
+        return np.concatenate([q, k, v], axis=1)
 
     return WeightRule(
         param=f"{ours}.{part}",

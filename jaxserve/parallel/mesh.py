@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.errors import ConfigError
 
+DATA = "data"  # the mesh axis that requests are split over: each part has slots and a KV pool of its own
 TENSOR = "tensor"  # the mesh axis that heads, feed-forward features and the vocabulary are split over
 
 # Logical axis -> mesh axis. An axis that is not named here is replicated.
 _MESH_AXIS = {"kv_heads": TENSOR, "q_features": TENSOR, "ffn": TENSOR, "shards": TENSOR, "vocab": TENSOR}
 
+EVERYWHERE = PartitionSpec()
+PER_DATA_SHARD = PartitionSpec(DATA)
+
 LogicalAxes = tuple[str | None, ...]
+Function = Callable[..., Any]
+AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices: shapes and shardings alone can be asked of it
 
 
-def make_mesh(tensor_parallel_size: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over the first `tensor_parallel_size` devices, one axis named "tensor"."""
+def make_mesh(
+    tensor_parallel_size: int = 1, *, data_parallel_size: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """A mesh over the first devices, its axes "data" and "tensor"; neighbours share a layer."""
     devices = jax.devices() if devices is None else devices
-    if len(devices) < tensor_parallel_size:
-        raise ConfigError(
-            f"tensor_parallel_size is {tensor_parallel_size}, but {devices[0].platform} has {len(devices)} device(s)"
-        )
-    return Mesh(np.asarray(devices[:tensor_parallel_size]), (TENSOR,))
+    size = data_parallel_size * tensor_parallel_size
+    if len(devices) < size:
+        asked = f"tensor_parallel_size is {tensor_parallel_size}"
+        if data_parallel_size > 1:
+            asked += f" and data_parallel_size {data_parallel_size}: they take {size} devices"
+        raise ConfigError(f"{asked}, but {devices[0].platform} has {len(devices)} device(s)")
+    return Mesh(np.asarray(devices[:size]).reshape(data_parallel_size, tensor_parallel_size), (DATA, TENSOR))
+
+
+def platform_of(mesh: AnyMesh) -> str:
+    """The platform of a mesh's devices: "cpu", "gpu" or "tpu"; an abstract mesh knows it too."""
+    if isinstance(mesh, AbstractMesh):
+        assert mesh.abstract_device is not None
+        return mesh.abstract_device.platform
+    return mesh.devices.flat[0].platform
 
 
 def partition_spec(axes: LogicalAxes) -> PartitionSpec:
@@ -38,11 +56,30 @@ def partition_spec(axes: LogicalAxes) -> PartitionSpec:
     return PartitionSpec(*(_MESH_AXIS.get(axis) if axis else None for axis in axes))
 
 
-def sharding(mesh: Mesh, axes: LogicalAxes) -> NamedSharding:
+def sharding(mesh: AnyMesh, axes: LogicalAxes) -> NamedSharding:
     """The sharding of an array with these logical axes on `mesh`."""
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, EVERYWHERE)
+
+
+def by_data_shard(mesh: AnyMesh) -> NamedSharding:
+    """The sharding of an array whose first axis has the data shards' parts one after the other."""
+    return NamedSharding(mesh, PER_DATA_SHARD)
+
+
+def on_each_data_shard(
+    mesh: AnyMesh, function: Function, *, in_specs: tuple[PartitionSpec, ...], out_specs: Any = PER_DATA_SHARD
+) -> Function:
+    """`function` of one data shard's arrays, made one of all shards' arrays: each runs it, and nothing is sent between.
+
+    Inside, the compiler splits over "tensor" alone; a `jax.shard_map` there names that axis and no mesh.
+    """
+    if mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names={DATA}, check_vma=False
+    )

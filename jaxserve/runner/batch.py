@@ -15,7 +15,10 @@ from pallas_kernels.paged_attention import AttentionMetadata, build_metadata
 
 @dataclass(frozen=True, slots=True)
 class HostBatch:
-    """One step's arrays on the host. Rows of one token come first; `order[i]` is batch row i's row in the plan."""
+    """One step's arrays of one data shard. Rows of one token come first; `order[i]` is batch row i's row in the plan.
+
+    Slots count within the shard, as its arrays on the device do.
+    """
 
     bucket: Bucket
     num_rows: int
@@ -26,7 +29,7 @@ class HostBatch:
     metadata: AttentionMetadata  # NumPy leaves
     last_tokens: np.ndarray  # i32[rows], index of each row's last token in the batch
     sample_slots: np.ndarray  # i32[rows], the row's slot, or 0 where it does not sample
-    row_slots: np.ndarray  # i32[num_rows], the row's slot
+    row_slots: np.ndarray  # i32[rows], the row's slot
     starts: np.ndarray  # i32[num_rows]
     num_tokens: np.ndarray  # i32[num_rows]
 
@@ -38,8 +41,33 @@ class HostBatch:
         return positions
 
 
+@dataclass(frozen=True, slots=True)
+class HostStep:
+    """One step: a batch for each data shard, all of one bucket, and how their rows lie in the arrays of all shards.
+
+    # plan's rows     a b c d e                                order    0 2 4 | 1 3
+    # rows of shards  a c e . | b d . .   (. is padding)       places   0 1 2 | 4 5
+    """
+
+    batches: list[HostBatch]
+    order: np.ndarray  # i64[plan rows], shard by shard: the row's row in the plan
+    places: np.ndarray  # i64[plan rows]: its row among the padded rows of all shards
+
+    @classmethod
+    def of(cls, batches: list[HostBatch]) -> HostStep:
+        """The step of these batches, in the order of the shards."""
+        num_rows = batches[0].bucket.num_rows
+        places = [shard * num_rows + np.arange(batch.num_rows) for shard, batch in enumerate(batches)]
+        return cls(batches, np.concatenate([batch.order for batch in batches]), np.concatenate(places))
+
+    @property
+    def bucket(self) -> Bucket:
+        """The shape all batches are padded to."""
+        return self.batches[0].bucket
+
+
 class BatchBuilder:
-    """Builds each step's `HostBatch` from its plan and the slot table."""
+    """Builds each step's batches from its plan and the slot table."""
 
     def __init__(self, buckets: Buckets, slots: SlotTable, backend: AttentionBackend) -> None:
         self._buckets = buckets
@@ -47,23 +75,29 @@ class BatchBuilder:
         self._backend = backend
         self._block_size = backend.geometry.block_size
 
-    def build(self, plan: StepPlan) -> HostBatch:
-        """Pad the plan's rows to the smallest bucket; `slots.apply(plan)` must have been called."""
+    def build(self, plan: StepPlan) -> HostStep:
+        """Pad the rows of each data shard to the smallest bucket; `slots.apply(plan)` must have been called."""
         num_tokens = np.array(plan.num_tokens, np.int32)
         order = np.argsort(num_tokens > 1, kind="stable")
-        num_tokens = num_tokens[order]
-        row_slots = np.array(plan.slots, np.int32)[order]
+        shard = np.array(plan.slots, np.int32)[order] // self._slots.slots_per_shard
+        orders = [order[shard == index] for index in range(self._slots.num_data_shards)]
+        bucket = self._buckets.pick(max(int(num_tokens[rows].sum()) for rows in orders))
+        return HostStep.of([self._build(plan, rows, bucket, index) for index, rows in enumerate(orders)])
+
+    def _build(self, plan: StepPlan, order: np.ndarray, bucket: Bucket, shard: int) -> HostBatch:
+        """The batch of the plan's rows `order`, which are those of one data shard."""
+        first_slot = shard * self._slots.slots_per_shard
+        block_tables = self._slots.block_tables[first_slot : first_slot + self._slots.slots_per_shard]
+        num_tokens = np.array(plan.num_tokens, np.int32)[order]
+        row_slots = np.array(plan.slots, np.int32)[order] - first_slot
         starts = np.array(plan.starts, np.int32)[order]
         samples = np.array(plan.samples, bool)[order]
         ends = np.cumsum(num_tokens, dtype=np.int32)
-        bucket = self._buckets.pick(int(ends[-1]))
         token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
-        block_tables = self._slots.block_tables
         blocks = block_tables[token_slots, positions // self._block_size]
-        num_rows = len(order)
         return HostBatch(
             bucket=bucket,
-            num_rows=num_rows,
+            num_rows=len(order),
             order=order,
             token_slots=token_slots,
             positions=positions,
@@ -79,7 +113,7 @@ class BatchBuilder:
             ),
             last_tokens=_padded(ends - 1, bucket.num_rows),
             sample_slots=_padded(np.where(samples, row_slots, 0), bucket.num_rows),
-            row_slots=row_slots,
+            row_slots=_padded(row_slots, bucket.num_rows),
             starts=starts,
             num_tokens=num_tokens,
         )
@@ -94,7 +128,7 @@ class BatchBuilder:
         # token_slots | a                   | b b b                | 0
         # positions   | 7                   | 0 1 2                | 0
         """
-        total = int(ends[-1])
+        total = int(num_tokens.sum())
         offsets = starts - (ends - num_tokens)  # position of a row's token minus its index in the batch
         token_slots = np.zeros(bucket.num_tokens, np.int32)
         positions = np.zeros(bucket.num_tokens, np.int32)
@@ -131,7 +165,7 @@ def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: in
         ),
         last_tokens=rows,
         sample_slots=rows,
-        row_slots=nothing,
+        row_slots=rows,
         starts=nothing,
         num_tokens=nothing,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -83,13 +83,19 @@ def open_model(config: ModelSettings) -> ModelFiles:
         hf_config = opened.hf_config()
         checkpoint = None if config.load_format == "dummy" else opened
         generation_config = opened.generation_config()
+    files = describe_model(config, hf_config, platform=jax.default_backend())
+    return replace(files, checkpoint=checkpoint, generation_config=generation_config)
+
+
+def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform: str) -> ModelFiles:
+    """A model by its config.json alone, `config`'s overrides applied, as it would run on a platform."""
     hf_config = _merge(hf_config, config.hf_overrides)
     return ModelFiles(
-        checkpoint=checkpoint,
+        checkpoint=None,
         hf_config=hf_config,
         decoder=DecoderConfig.from_hf(hf_config),
-        dtype=_dtype(config, hf_config),
-        generation_config=generation_config,
+        dtype=_dtype(config, hf_config, platform),
+        generation_config={},
         recommends_sampling=config.generation_config == "auto",
         seed=config.seed,
     )
@@ -124,11 +130,11 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _dtype(config: ModelSettings, hf_config: dict[str, Any]) -> np.dtype:
+def _dtype(config: ModelSettings, hf_config: dict[str, Any], platform: str) -> np.dtype:
     if config.dtype != "auto":
         return _DTYPES[config.dtype]
     stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    if stored == "float16" and jax.default_backend() == "cpu":
+    if stored == "float16" and platform == "cpu":
         logger.info("float16 weights run as float32: products of float16 take up to 17 times as long on CPU")
         return _DTYPES["float32"]
     return _DTYPES.get(stored, _DTYPES["bfloat16"])

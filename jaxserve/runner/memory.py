@@ -54,23 +54,23 @@ def num_useful_blocks(spec: KVCacheSpec, *, max_num_seqs: int, max_model_len: in
     return max_num_seqs * -(-max_model_len // spec.block_size) + RESERVED_BLOCKS
 
 
-def blocks_from_budget(settings: CacheSettings, spec: KVCacheSpec, *, num_devices: int) -> int | None:
+def blocks_from_budget(settings: CacheSettings, spec: KVCacheSpec) -> int | None:
     """What the settings fix by number or by bytes a device; None: it depends on the device."""
     if settings.num_gpu_blocks_override is not None:
         return settings.num_gpu_blocks_override
     if settings.kv_cache_memory_bytes is not None:
-        return spec.num_blocks_in(settings.kv_cache_memory_bytes * num_devices)
+        return spec.num_blocks_in(settings.kv_cache_memory_bytes * spec.num_shards)
     return None
 
 
-def blocks_on_cpu(spec: KVCacheSpec, *, num_useful: int) -> int:
-    """The default on CPU: 2 GiB, at most half of what is available, at most what is useful."""
-    budget = min(_CPU_BUDGET_BYTES, int(psutil.virtual_memory().available * _CPU_SHARE))
+def blocks_on_cpu(spec: KVCacheSpec, *, num_useful: int, num_pools: int = 1) -> int:
+    """The default on CPU: 2 GiB for all pools, at most half of what is available, at most what is useful."""
+    budget = min(_CPU_BUDGET_BYTES, int(psutil.virtual_memory().available * _CPU_SHARE)) // num_pools
     return min(num_useful, _rounded(spec.num_blocks_in(budget)))
 
 
-def blocks_on_device(spec: KVCacheSpec, memory: DeviceMemory, *, num_devices: int, num_useful: int) -> int:
-    """Blocks that fit beside weights and steps, and leave a little, on each of `num_devices` like this one."""
+def blocks_on_device(spec: KVCacheSpec, memory: DeviceMemory, *, num_useful: int) -> int:
+    """Blocks that fit beside weights and steps, and leave a little, on each of a pool's devices, all like this one."""
     taken = memory.in_use_bytes + memory.step_bytes
     free = memory.limit_bytes - taken - int(memory.limit_bytes * _SPARE_SHARE)
     if free <= 0:
@@ -79,7 +79,7 @@ def blocks_on_device(spec: KVCacheSpec, memory: DeviceMemory, *, num_devices: in
             "GiB that gpu_memory_utilization allows; raise it, lower max_num_batched_tokens, or raise "
             "tensor_parallel_size"
         )
-    num_blocks = spec.num_blocks_in(free * num_devices)
+    num_blocks = spec.num_blocks_in(free * spec.num_shards)
     return min(num_useful, _rounded(num_blocks))
 
 

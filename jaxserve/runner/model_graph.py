@@ -9,7 +9,6 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jaxserve.cache.kv_cache import KVCacheSpec
@@ -18,7 +17,9 @@ from jaxserve.layers.attention import AttentionBackend
 from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
 from jaxserve.models.registry import family
-from jaxserve.parallel.mesh import LogicalAxes, sharding
+from jaxserve.parallel.mesh import TENSOR, AnyMesh, LogicalAxes, platform_of, sharding
+from jaxserve.parallel.shards import WHOLE, Shards
+from jaxserve.sampling.vocabulary import BLOCK_TOKENS
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation
 
@@ -31,17 +32,16 @@ class ModelGraph:
     """A model without values: built abstract, bound to parameters inside a jitted function."""
 
     def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
-        self.config = replace(config, num_shards=backend.mesh.size)
-        platform = backend.mesh.devices.flat[0].platform
+        self.config = _split(config, backend.mesh.shape[TENSOR])
         # XLA splits its own products over a mesh; of a custom call it would gather the operands.
         native = backend.implementation == "native_cpu" and backend.mesh.size == 1
-        self.numerics = Numerics.for_platform(platform, dtype, native=native)
+        self.numerics = Numerics.for_platform(platform_of(backend.mesh), dtype, native=native)
         self._family = family(config.architecture)
         model = self._family(self.config, numerics=self.numerics, backend=backend)
         self._graph, state = nnx.split(model)
         self._variables = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
         self.backend = backend
-        self.mesh: Mesh = backend.mesh
+        self.mesh: AnyMesh = backend.mesh
 
     def bind(self, params: Mapping[str, jax.Array]) -> CausalLM:
         """The model with these parameters; one that is left out stays abstract, and must not be used."""
@@ -67,13 +67,18 @@ class ModelGraph:
         """The KV cache that the model's attention reads."""
         return KVCacheSpec(
             num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
+            num_kv_heads=self.config.num_cached_kv_heads,
             head_dim=self.config.head_dim,
             block_size=self.backend.geometry.block_size,
             dtype=self.backend.geometry.dtype,
             implementation=self.backend.implementation,
-            num_shards=self.mesh.size,
+            num_shards=self.config.num_shards,
         )
+
+    @property
+    def vocabulary_shards(self) -> Shards:
+        """How logits lie on the devices."""
+        return Shards(TENSOR, self.config.num_shards) if self.config.num_shards > 1 else WHOLE
 
     def head_names(self) -> list[str]:
         """The parameters that `logits` reads."""
@@ -86,21 +91,22 @@ def choose_backend(
     *,
     dtype: DTypeLike,
     block_size: int,
-    mesh: Mesh,
+    mesh: AnyMesh,
     asked: Implementation | None = None,
 ) -> AttentionBackend:
     """The attention implementation for this model on this mesh; `ConfigError` where it cannot be split or served."""
-    _check_divisible(config, mesh.size)
+    _check_divisible(config, mesh.shape[TENSOR])
+    split = _split(config, mesh.shape[TENSOR])
     geometry = AttentionGeometry(
-        q_heads=config.num_q_heads // mesh.size,
-        kv_heads=config.num_kv_heads // mesh.size,
+        q_heads=split.num_q_heads // split.num_shards,
+        kv_heads=split.num_cached_kv_heads // split.num_shards,
         head_dim=config.head_dim,
         block_size=block_size,
         dtype=jnp.dtype(dtype).name,
         sliding_windows=(config.sliding_window,),
     )
     try:
-        chosen, refusals = choose_implementation(asked, geometry, platform=mesh.devices.flat[0].platform)
+        chosen, refusals = choose_implementation(asked, geometry, platform=platform_of(mesh))
     except NotImplementedError as refusal:
         raise ConfigError(f"attention_backend {asked or 'auto'!r}: {refusal}") from refusal
     for refusal in refusals:
@@ -108,12 +114,21 @@ def choose_backend(
     return AttentionBackend(mesh=mesh, implementation=chosen, geometry=geometry)
 
 
+MAX_TENSOR_PARALLEL_SIZE = 64  # the largest that an error message offers
+
+
+def _split(config: DecoderConfig, num_shards: int) -> DecoderConfig:
+    """The model laid out for so many devices: the vocabulary in whole blocks on each, as the sampler wants them."""
+    padding = -config.vocab_size % (num_shards * BLOCK_TOKENS) if num_shards > 1 else 0
+    return replace(config, num_shards=num_shards, vocab_padding=padding)
+
+
 def _check_divisible(config: DecoderConfig, num_shards: int) -> None:
-    sizes = {
-        "num_key_value_heads": config.num_kv_heads,
-        "intermediate_size": config.ffn_size,
-        "vocab_size": config.vocab_size,
-    }
-    for name, size in sizes.items():
-        if size % num_shards:
-            raise ConfigError(f"tensor_parallel_size {num_shards} does not divide the model's {name}, {size}")
+    if config.can_split_over(num_shards):
+        return
+    working = [str(size) for size in range(1, MAX_TENSOR_PARALLEL_SIZE + 1) if config.can_split_over(size)]
+    raise ConfigError(
+        f"tensor_parallel_size {num_shards} does not fit the model: it must divide num_attention_heads "
+        f"({config.num_q_heads}) and intermediate_size ({config.ffn_size}), and divide num_key_value_heads "
+        f"({config.num_kv_heads}) or be a multiple of it; sizes that work: {', '.join(working)}"
+    )

@@ -10,13 +10,13 @@ import numpy as np
 
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.outputs import TokenLogprobs
-from jaxserve.parallel.mesh import replicated
-from jaxserve.runner.batch import BatchBuilder, HostBatch
+from jaxserve.parallel.mesh import DATA, by_data_shard
+from jaxserve.runner.batch import BatchBuilder, HostStep
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.runner.programs import Programs, ProgramShapes
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
-from jaxserve.sampling.inputs import SlotParameters
+from jaxserve.sampling.inputs import SamplingInputs, SlotParameters, Variant
 from jaxserve.sampling.sampler import SampledTokens
 from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
 
@@ -62,15 +62,18 @@ class ModelRunner:
         self._head = {name: params[name] for name in graph.head_names()}
         self._programs = programs
         self._caches = caches
-        self._tokens = jax.device_put(np.zeros(shapes.tokens_shape, np.int32), replicated(graph.mesh))
         self._slots = SlotTable(
             max_num_seqs=shapes.max_num_seqs,
             max_blocks_per_seq=shapes.blocks_per_seq,
+            num_data_shards=graph.mesh.shape[DATA],
         )
+        num_slots = self._slots.num_data_shards * self._slots.slots_per_shard
+        table = np.zeros((num_slots, shapes.max_model_len), np.int32)
+        self._tokens = jax.device_put(table, by_data_shard(graph.mesh))
         self._parameters = SlotParameters(
-            max_num_seqs=shapes.max_num_seqs,
+            max_num_seqs=num_slots - 1,
             vocab_size=graph.config.vocab_size,
-            sharding=replicated(graph.mesh),
+            sharding=by_data_shard(graph.mesh),
         )
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len = shapes.max_model_len
@@ -80,24 +83,33 @@ class ModelRunner:
         self._slots.apply(plan)
         for new in plan.new_slots:
             self._occupy(new)
-        batch = self._builder.build(plan)
+        step = self._builder.build(plan)
         hidden, rows, self._caches = self._programs.forward(
-            self._params, self._caches, self._tokens, batch.bucket, ForwardBatch.from_host(batch)
+            self._params,
+            self._caches,
+            self._tokens,
+            step.bucket,
+            [ForwardBatch.from_host(batch) for batch in step.batches],
         )
-        prompt_scores = self._score_prompts(hidden, batch)
-        known = batch.starts + batch.num_tokens
-        variant, inputs = self._parameters.gather(batch.row_slots, known, num_rows=batch.bucket.num_rows)
-        slots = np.zeros(batch.bucket.num_rows, np.int32)
-        slots[: batch.num_rows] = batch.row_slots
+        prompt_scores = self._score_prompts(hidden, plan, step)
+        variant, inputs = self._sampling_inputs(plan, step)
         self._tokens, sampled = self._programs.sample(
             self._head,
             rows,
             self._tokens,
-            SampleBatch(slots, batch.sample_slots, batch.write_positions),
+            [SampleBatch(batch.row_slots, batch.sample_slots, batch.write_positions) for batch in step.batches],
             inputs,
             variant,
         )
-        return _DeviceStep(plan, batch, sampled, prompt_scores, self._asked_logprobs(batch))
+        return _DeviceStep(plan, step, sampled, prompt_scores, self._asked_logprobs(plan))
+
+    def _sampling_inputs(self, plan: StepPlan, step: HostStep) -> tuple[Variant, SamplingInputs]:
+        """What the sampler is told of each row of all data shards, padding (slot 0 of all) included."""
+        slots = np.zeros(len(step.batches) * step.bucket.num_rows, np.int32)
+        known = np.zeros_like(slots)
+        slots[step.places] = np.array(plan.slots, np.int32)[step.order]
+        known[step.places] = np.add(plan.starts, plan.num_tokens, dtype=np.int32)[step.order]
+        return self._parameters.gather(slots, known)
 
     def _occupy(self, new: NewSlot) -> None:
         """Upload a new slot's tokens and keep what its request asks of the sampler."""
@@ -111,55 +123,60 @@ class ModelRunner:
             num_prompt_tokens=new.num_prompt_tokens,
         )
 
-    def _asked_logprobs(self, batch: HostBatch) -> dict[int, int]:
-        """Batch row -> alternatives asked for, of rows that sample and asked."""
+    def _asked_logprobs(self, plan: StepPlan) -> dict[int, int]:
+        """Plan row -> alternatives asked for, of rows that sample and asked."""
         asked = self._slots.num_logprobs
-        slots = batch.sample_slots[: batch.num_rows].tolist()
-        return {row: asked[slot] for row, slot in enumerate(slots) if slot in asked} if asked else {}
+        if not asked:
+            return {}
+        rows = enumerate(zip(plan.slots, plan.samples, strict=True))
+        return {row: asked[slot] for row, (slot, samples) in rows if samples and slot in asked}
 
-    def _score_prompts(self, hidden: jax.Array, batch: HostBatch) -> list[_PromptScores]:
+    def _score_prompts(self, hidden: jax.Array, plan: StepPlan, step: HostStep) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow this step's positions, for rows that asked."""
         asked = self._slots.prompt_logprobs
         if not asked:
             return []
         scores = []
-        ends = np.cumsum(batch.num_tokens)
-        for row, slot in enumerate(batch.row_slots.tolist()):
-            start, count = int(batch.starts[row]), int(batch.num_tokens[row])
-            known = min(count, int(self._slots.num_prompt_tokens[slot]) - 1 - start)  # positions with a successor
-            if slot in asked and known > 0:
-                first = int(ends[row]) - count
-                scores.append(self._score_chunk(hidden, int(batch.order[row]), first, known, slot, start))
+        for shard, batch in enumerate(step.batches):
+            ends = np.cumsum(batch.num_tokens)
+            for row, plan_row in enumerate(batch.order.tolist()):
+                slot, start, count = plan.slots[plan_row], plan.starts[plan_row], plan.num_tokens[plan_row]
+                known = min(count, int(self._slots.num_prompt_tokens[slot]) - 1 - start)  # positions with a successor
+                if slot in asked and known > 0:
+                    first = int(ends[row]) - count
+                    parts = self._score_chunk(hidden, shard, first, asked[slot].token_ids[start + 1 :][:known])
+                    scores.append(_PromptScores(plan_row, asked[slot].num_alternatives, parts))
         return scores
 
     def _score_chunk(
-        self, hidden: jax.Array, plan_row: int, first: int, count: int, slot: int, start: int
-    ) -> _PromptScores:
-        wanted = self._slots.prompt_logprobs[slot]
+        self, hidden: jax.Array, shard: int, first: int, target_ids: np.ndarray
+    ) -> list[tuple[range, SampledTokens]]:
+        """Scores of the tokens that follow the positions from `first` on of a data shard's batch, part by part."""
         parts = []
-        for begin in range(0, count, PROMPT_LOGPROB_ROWS):
-            size = min(PROMPT_LOGPROB_ROWS, count - begin)
-            indices = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
-            target_ids = np.zeros(PROMPT_LOGPROB_ROWS, np.int32)
-            indices[:size] = np.arange(first + begin, first + begin + size)
-            target_ids[:size] = wanted.token_ids[start + begin + 1 : start + begin + 1 + size]
-            parts.append((size, self._programs.score_prompt(self._head, hidden, indices, target_ids)))
-        return _PromptScores(plan_row, wanted.num_alternatives, parts)
+        place = shard * PROMPT_LOGPROB_ROWS
+        for begin in range(0, len(target_ids), PROMPT_LOGPROB_ROWS):
+            targets = target_ids[begin : begin + PROMPT_LOGPROB_ROWS]
+            rows = range(place, place + len(targets))
+            indices, wanted = np.zeros((2, self._slots.num_data_shards * PROMPT_LOGPROB_ROWS), np.int32)
+            indices[rows.start : rows.stop] = np.arange(first + begin, first + begin + len(targets))
+            wanted[rows.start : rows.stop] = targets
+            parts.append((rows, self._programs.score_prompt(self._head, hidden, indices, wanted)))
+        return parts
 
 
 @dataclass(slots=True)
 class _PromptScores:
-    """Scores of one row's prompt positions: (how many are real, the scores) a part."""
+    """Scores of one row's prompt positions: (which of the scores are its own, the scores) a part."""
 
     plan_row: int
     num_logprobs: int
-    parts: list[tuple[int, SampledTokens]]
+    parts: list[tuple[range, SampledTokens]]
 
     def fetch(self) -> list[TokenLogprobs]:
         return [
             entry
-            for size, scores in self.parts
-            for entry in _token_logprobs(scores, dict.fromkeys(range(size), self.num_logprobs)).values()
+            for rows, scores in self.parts
+            for entry in _token_logprobs(scores, dict.fromkeys(rows, self.num_logprobs)).values()
         ]
 
 
@@ -168,10 +185,10 @@ class _DeviceStep:
     """A dispatched step whose arrays are on their way to the host."""
 
     plan: StepPlan
-    batch: HostBatch
+    step: HostStep
     sampled: SampledTokens
     prompt_scores: list[_PromptScores]
-    asked_logprobs: dict[int, int]
+    asked_logprobs: dict[int, int]  # plan row -> alternatives
 
     def __post_init__(self) -> None:
         for array in (self.sampled.token_ids, self.sampled.ok, self.sampled.model_ok):
@@ -181,22 +198,22 @@ class _DeviceStep:
         return self.sampled.token_ids.is_ready()
 
     def result(self) -> StepResult:
-        num_rows = self.batch.num_rows
-        batch_ids = np.asarray(self.sampled.token_ids)[:num_rows]
-        ok = np.asarray(self.sampled.ok)[:num_rows]
-        order = self.batch.order
-        token_ids = np.zeros(num_rows, np.int64)
-        token_ids[order] = np.where(self.batch.sample_slots[:num_rows] > 0, batch_ids, 0)
+        places = np.zeros(self.plan.num_rows, np.int64)  # of the plan's rows among those of all data shards
+        places[self.step.order] = self.step.places
+        samples = np.array(self.plan.samples, bool)
+        token_ids = np.where(samples, np.asarray(self.sampled.token_ids)[places], 0)
         result = StepResult(step_id=self.plan.step_id, token_ids=token_ids.tolist())
         if self.asked_logprobs:
-            entries = _token_logprobs(self.sampled, self.asked_logprobs)
-            result.logprobs = {int(order[row]): entry for row, entry in entries.items()}
+            asked = {int(places[row]): count for row, count in self.asked_logprobs.items()}
+            entries = _token_logprobs(self.sampled, asked)
+            result.logprobs = dict(zip(self.asked_logprobs, entries.values(), strict=True))
         for scores in self.prompt_scores:
             result.prompt_logprobs[scores.plan_row] = scores.fetch()
+        ok = np.asarray(self.sampled.ok)[places]
         if not ok.all():
-            model_ok = np.asarray(self.sampled.model_ok)
-            for row in np.flatnonzero(~ok & (self.batch.sample_slots[:num_rows] > 0)):
-                result.errors[int(order[row])] = RULED_OUT if model_ok[row] else NOT_FINITE
+            model_ok = np.asarray(self.sampled.model_ok)[places]
+            for row in np.flatnonzero(~ok & samples).tolist():
+                result.errors[row] = RULED_OUT if model_ok[row] else NOT_FINITE
         return result
 
 

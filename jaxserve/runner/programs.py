@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.errors import ConfigError
-from jaxserve.parallel.mesh import replicated
+from jaxserve.parallel.mesh import DATA, EVERYWHERE, PER_DATA_SHARD, by_data_shard, on_each_data_shard, replicated
 from jaxserve.runner.batch import HostBatch, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.compilation import OnCompiled, compile_all
@@ -40,8 +41,8 @@ class ProgramShapes:
 
     buckets: Buckets
     kv_spec: KVCacheSpec
-    num_blocks: int
-    max_num_seqs: int
+    num_blocks: int  # of a data shard
+    max_num_seqs: int  # of a data shard
     max_model_len: int
 
     @property
@@ -51,16 +52,23 @@ class ProgramShapes:
 
     @property
     def tokens_shape(self) -> tuple[int, int]:
-        """Of the device's token table, i32[slots, positions]; slot 0 is padding."""
+        """Of a data shard's token table, i32[slots, positions]; slot 0 is padding."""
         return (self.max_num_seqs + 1, self.max_model_len)
 
 
+CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
+
+
 class Programs:
-    """Compiled programs by shape. Caches and the token table are donated to the calls that change them."""
+    """Compiled programs by shape. Caches and the token table are donated to the calls that change them.
+
+    What differs between data shards comes as a list with an entry a shard, or with their parts along the first axis.
+    """
 
     def __init__(self, graph: ModelGraph, shapes: ProgramShapes) -> None:
         self._graph = graph
         self._shapes = shapes
+        self._num_data_shards = graph.mesh.shape[DATA]
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._forward_packings = {
             bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
@@ -73,10 +81,15 @@ class Programs:
     # Calls -----------------------------------------------------------------------------------------------------------
 
     def forward(
-        self, params: Params, caches: list[LayerCache], tokens: jax.Array, bucket: Bucket, batch: ForwardBatch
+        self,
+        params: Params,
+        caches: list[LayerCache],
+        tokens: jax.Array,
+        bucket: Bucket,
+        batches: Sequence[ForwardBatch],
     ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
         """See `step.forward`; `caches` are donated."""
-        packed = self._forward_packings[bucket].pack(batch)
+        packed = np.stack([self._forward_packings[bucket].pack(batch) for batch in batches])
         return self._compiled["forward", bucket](params, caches, tokens, packed)
 
     def sample(
@@ -84,24 +97,27 @@ class Programs:
         head: Params,
         hidden: jax.Array,
         tokens: jax.Array,
-        batch: SampleBatch,
+        batches: Sequence[SampleBatch],
         inputs: SamplingInputs,
         variant: Variant,
     ) -> tuple[jax.Array, SampledTokens]:
         """See `step.sample_rows`; `tokens` is donated."""
-        rows = hidden.shape[0]
-        packed = self._sample_packings[rows].pack(batch)
+        rows = hidden.shape[0] // len(batches)
+        packed = np.stack([self._sample_packings[rows].pack(batch) for batch in batches])
         return self._compiled["sample", rows, variant](head, hidden, tokens, packed, inputs)
 
     def score_prompt(
         self, head: Params, hidden: jax.Array, indices: np.ndarray, target_ids: np.ndarray
     ) -> SampledTokens:
-        """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a call."""
-        return self._compiled["score", hidden.shape[0]](head, hidden, indices, target_ids)
+        """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a data shard."""
+        return self._compiled["score", hidden.shape[0] // self._num_data_shards](head, hidden, indices, target_ids)
 
     def write_slot(self, tokens: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
-        """See `step.write_slot`; `tokens` is donated."""
-        return self._compiled[("write_slot",)](tokens, np.int32(slot), row)
+        """See `step.write_slot`; `slot` counts over all data shards, `tokens` is donated."""
+        shard, slot = divmod(slot, self._shapes.tokens_shape[0])
+        slots = np.zeros(self._num_data_shards, np.int32)  # the others write to their padding
+        slots[shard] = slot
+        return self._compiled[("write_slot",)](tokens, slots, row)
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
@@ -118,7 +134,7 @@ class Programs:
         jobs[("write_slot",)] = self._lower_write_slot
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
-    def step_bytes(self) -> int:
+    def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
         """Bytes that steps take on each device beside weights and pools, as the compiler counts them.
 
         The largest temporaries count once: a device runs one program at a time. All else that a step holds (its inputs
@@ -126,7 +142,7 @@ class Programs:
         the largest programs; `ConfigError` where the compiler tells no sizes.
         """
         bucket = self._shapes.buckets.all()[0]
-        compiled = compile_all(
+        compiled = compile_jobs(
             {
                 "forward": partial(self.lower_forward, bucket),
                 "sample": partial(self.lower_sample, bucket.num_rows, "full"),
@@ -148,13 +164,14 @@ class Programs:
         def program(
             params: Params, caches: list[LayerCache], tokens: jax.Array, packed: jax.Array
         ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
-            return forward(self._graph, params, caches, tokens, packing.unpack(packed))
+            return forward(self._graph, params, caches, tokens, packing.unpack(packed[0]))
 
         caches = self._shapes.kv_spec.abstract(self._shapes.num_blocks, self._graph.mesh)
-        everywhere = replicated(self._graph.mesh)
-        out = (everywhere, everywhere, jax.tree.map(lambda pool: pool.sharding, caches))
-        jitted = jax.jit(program, donate_argnames="caches", out_shardings=out)
-        return jitted.lower(self._graph.abstract_params(), caches, self._tokens(), self._abstract(packing.size))
+        split = by_data_shard(self._graph.mesh)
+        out = (split, split, jax.tree.map(lambda pool: pool.sharding, caches))
+        sharded = self._on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
+        jitted = jax.jit(sharded, donate_argnums=1, out_shardings=out)
+        return jitted.lower(self._graph.abstract_params(), caches, self._tokens(), self._split(1, packing.size))
 
     def lower_sample(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head and the sampler for one number of rows."""
@@ -163,24 +180,32 @@ class Programs:
         def program(
             head: Params, hidden: jax.Array, tokens: jax.Array, packed: jax.Array, inputs: SamplingInputs
         ) -> tuple[jax.Array, SampledTokens]:
-            return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed), inputs, variant=variant)
+            return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed[0]), inputs, variant=variant)
 
-        jitted = jax.jit(program, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
+        sharded = self._on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
+        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=by_data_shard(self._graph.mesh))
         inputs = jax.tree.map(
-            lambda leaf: self._abstract(*leaf.shape, dtype=leaf.dtype),
+            lambda leaf: self._split(*leaf.shape, dtype=leaf.dtype),
             abstract_inputs(rows, variant, vocab_size=self._graph.config.vocab_size),
         )
         hidden = self._hidden(rows)
-        return jitted.lower(self._head(), hidden, self._tokens(), self._abstract(packing.size), inputs)
+        return jitted.lower(self._head(), hidden, self._tokens(), self._split(1, packing.size), inputs)
 
     def _lower_score(self, num_tokens: int) -> Lowered:
-        jitted = jax.jit(partial(score_prompt, self._graph), out_shardings=replicated(self._graph.mesh))
-        rows = self._abstract(PROMPT_LOGPROB_ROWS)
+        program = partial(score_prompt, self._graph)
+        sharded = self._on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
+        jitted = jax.jit(sharded, out_shardings=by_data_shard(self._graph.mesh))
+        rows = self._split(PROMPT_LOGPROB_ROWS)
         return jitted.lower(self._head(), self._hidden(num_tokens), rows, rows)
 
     def _lower_write_slot(self) -> Lowered:
-        jitted = jax.jit(write_slot, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
-        return jitted.lower(self._tokens(), self._abstract(), self._abstract(self._shapes.tokens_shape[1]))
+        sharded = self._on_each(write_slot, PER_DATA_SHARD, PER_DATA_SHARD, EVERYWHERE)
+        jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
+        row = jax.ShapeDtypeStruct(self._shapes.tokens_shape[1:], jnp.int32, sharding=replicated(self._graph.mesh))
+        return jitted.lower(self._tokens(), self._split(1), row)
+
+    def _on_each(self, program: Callable[..., Any], *in_specs: PartitionSpec) -> Callable[..., Any]:
+        return on_each_data_shard(self._graph.mesh, program, in_specs=in_specs)
 
     def _padding(self, bucket: Bucket) -> HostBatch:
         blocks = self._shapes.blocks_per_seq
@@ -188,15 +213,17 @@ class Programs:
 
     # Abstract arguments ----------------------------------------------------------------------------------------------
 
-    def _abstract(self, *shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(self._graph.mesh))
+    def _split(self, first: int, *rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        """An array with `first` entries a data shard."""
+        shape = (first * self._num_data_shards, *rest)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_data_shard(self._graph.mesh))
 
     def _tokens(self) -> jax.ShapeDtypeStruct:
-        return self._abstract(*self._shapes.tokens_shape)
+        return self._split(*self._shapes.tokens_shape)
 
     def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
         config = self._graph.config
-        return self._abstract(rows, config.hidden_size, dtype=self._graph.numerics.activations)
+        return self._split(rows, config.hidden_size, dtype=self._graph.numerics.activations)
 
     def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
         params = self._graph.abstract_params()

@@ -18,12 +18,20 @@ class PromptLogprobs:
 
 
 class SlotTable:
-    """Persistent per-slot arrays; a step gathers the rows it needs. Slot 0 and block 0 are padding."""
+    """Persistent per-slot arrays; a step gathers the rows it needs. Block 0 is padding, and each data shard's slot 0.
 
-    def __init__(self, *, max_num_seqs: int, max_blocks_per_seq: int) -> None:
-        self.block_tables = np.zeros((max_num_seqs + 1, max_blocks_per_seq), np.int32)  # 0 past a sequence's end
-        self.num_blocks = np.zeros(max_num_seqs + 1, np.int32)
-        self.num_prompt_tokens = np.zeros(max_num_seqs + 1, np.int32)
+    # slot    0       | 1 .. max_num_seqs | max_num_seqs + 1 | ...
+    #         padding | data shard 0      | padding          | data shard 1 ...
+    """
+
+    def __init__(self, *, max_num_seqs: int, max_blocks_per_seq: int, num_data_shards: int = 1) -> None:
+        """`max_num_seqs` is that of a data shard."""
+        self.slots_per_shard = max_num_seqs + 1
+        self.num_data_shards = num_data_shards
+        num_slots = self.slots_per_shard * num_data_shards
+        self.block_tables = np.zeros((num_slots, max_blocks_per_seq), np.int32)  # 0 past a sequence's end
+        self.num_blocks = np.zeros(num_slots, np.int32)
+        self.num_prompt_tokens = np.zeros(num_slots, np.int32)
         self.num_logprobs: dict[int, int] = {}  # slot -> alternatives a generated token, where asked
         self.prompt_logprobs: dict[int, PromptLogprobs] = {}  # where asked
 

@@ -1,17 +1,24 @@
-"""The jitted functions of a step: forward (model), sample (head and sampler), and the small ones around them."""
+"""The jitted functions of a step: forward (model), sample (head and sampler), and the small ones around them.
+
+Each is written for one data shard: its token table, its pools, its rows. `Programs` runs it on all of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.layers.attention import AttentionInputs
+from jaxserve.parallel.mesh import TENSOR
 from jaxserve.runner.batch import HostBatch
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.sampling.inputs import SamplingInputs, Variant
@@ -81,9 +88,12 @@ def sample_rows(
     variant: Variant,
 ) -> tuple[Int[Array, "slots positions"], SampledTokens]:
     """Sample one token a row and write it where the next step reads it; rows that do not sample write to slot 0."""
-    logits = graph.bind(head).logits(hidden)
     history = tokens[batch.slots] if variant == "full" else None
-    sampled = sample(logits, inputs, variant, history=history)
+
+    def choose(logits: jax.Array, inputs: SamplingInputs, history: jax.Array | None, **split: Any) -> SampledTokens:
+        return sample(logits, inputs, variant, history=history, **split)
+
+    sampled = _on_logits(graph, head, hidden, choose, inputs, history)
     positions = jnp.where(jnp.asarray(batch.sample_slots) == 0, 0, batch.write_positions)
     return tokens.at[batch.sample_slots, positions].set(sampled.token_ids), sampled
 
@@ -96,11 +106,30 @@ def score_prompt(
     target_ids: Int[Array, " positions"],
 ) -> SampledTokens:
     """Log-probabilities of known next tokens at some of the step's positions."""
-    return prompt_logprobs(graph.bind(head).logits(hidden[indices]), target_ids)
+    return _on_logits(graph, head, hidden[indices], prompt_logprobs, target_ids)
+
+
+def _on_logits(
+    graph: ModelGraph, head: Params, hidden: jax.Array, function: Callable[..., SampledTokens], *whole: Any
+) -> SampledTokens:
+    """`function` of the logits of `hidden`; where the vocabulary is split, of each device's part of them."""
+    logits = graph.bind(head).logits(hidden)
+    shards = graph.vocabulary_shards
+    run = partial(function, vocab_size=graph.config.vocab_size, shards=shards)
+    if shards.count > 1:
+        everywhere = PartitionSpec()
+        run = jax.shard_map(
+            run,
+            in_specs=(PartitionSpec(None, TENSOR), *(everywhere for _ in whole)),
+            out_specs=everywhere,
+            axis_names={TENSOR},
+            check_vma=False,
+        )
+    return run(logits, *whole)
 
 
 def write_slot(
-    tokens: Int[Array, "slots positions"], slot: Int[Array, ""], row: Int[Array, " positions"]
+    tokens: Int[Array, "slots positions"], slot: Int[Array, 1], row: Int[Array, " positions"]
 ) -> Int[Array, "slots positions"]:
     """Replace a slot's known tokens: a request moves in."""
     return tokens.at[slot].set(row)

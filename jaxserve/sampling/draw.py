@@ -156,7 +156,8 @@ class _Remaining:
 
     def block_sums(self, before: _Pivot) -> Float[Array, "rows blocks"]:
         """The weight of each block."""
-        return self.weights(self.vocabulary.blocks, self.vocabulary.token_ids, before).sum(axis=-1)
+        local = self.weights(self.vocabulary.blocks, self.vocabulary.token_ids, before).sum(axis=-1)
+        return self.vocabulary.gather(local)
 
     def draw(self, sums: Float[Array, "rows blocks"], before: _Pivot, uniform: tuple[Array, Array]) -> _Pivot:
         """A block by its weight, then a token of it by its own."""
@@ -183,7 +184,8 @@ def _kth_largest(vocabulary: Vocabulary, k: Int[Array, " rows"], wanted: Bool[Ar
     def set_bit(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         bit, found, separated = state
         guess = found | (jnp.uint32(1) << bit.astype(jnp.uint32))
-        count = (vocabulary.blocks >= _from_ordered(guess)[:, None, None]).sum(axis=(-1, -2), dtype=jnp.int32)
+        reach = vocabulary.blocks >= _from_ordered(guess)[:, None, None]
+        count = vocabulary.shards.sum(reach.sum(axis=(-1, -2), dtype=jnp.int32))
         return bit - 1, jnp.where(count >= k, guess, found), separated | (count == k)
 
     state = (jnp.int32(31), jnp.zeros(k.shape, jnp.uint32), ~wanted)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.parallel.shards import WHOLE, Shards
 from jaxserve.sampling.inputs import ANY_TOKEN, MASK_BITS, NO_TOKEN, LogitRules, SamplingInputs
 
 HISTORY_CHUNK = 512  # tokens of history counted at a time, so that short texts do not pay for the longest
@@ -16,15 +19,20 @@ def apply_rules(
     inputs: SamplingInputs,
     rules: LogitRules,
     history: Int[Array, "rows positions"],
+    shards: Shards = WHOLE,
 ) -> Float[Array, "rows vocab"]:
-    """All of them, each only if some row asks for it; rows that do not ask keep their logits bit for bit."""
+    """All of them, each only if some row asks for it; rows that do not ask keep their logits bit for bit.
+
+    `logits` may be one device's part of a vocabulary: what changes lies on one device, and nothing is sent.
+    """
+    first_token = shards.index * logits.shape[1]
     masks_stop_ids = inputs.position < inputs.min_tokens
     edits = inputs.has_edits | masks_stop_ids
     penalises = (inputs.repetition_penalty != 1) | (inputs.frequency_penalty != 0) | (inputs.presence_penalty != 0)
     steps = (
-        (inputs.has_allowed, lambda given: _allow_only(given, inputs, rules)),
-        (edits, lambda given: _edit(given, inputs, rules, history, masks_stop_ids)),
-        (penalises, lambda given: _penalise(given, inputs, history)),
+        (inputs.has_allowed, lambda given: _allow_only(given, inputs, rules, first_token)),
+        (edits, lambda given: _edit(given, inputs, rules, history, masks_stop_ids, first_token)),
+        (penalises, lambda given: _penalise(given, inputs, history, first_token)),
     )
     for asked, change in steps:
         logits = lax.cond(asked.any(), change, lambda given: given, logits)
@@ -32,11 +40,14 @@ def apply_rules(
 
 
 def _allow_only(
-    logits: Float[Array, "rows vocab"], inputs: SamplingInputs, rules: LogitRules
+    logits: Float[Array, "rows vocab"], inputs: SamplingInputs, rules: LogitRules, first_token: Int[Array, ""] | int
 ) -> Float[Array, "rows vocab"]:
-    rows, vocab_size = logits.shape
-    bits = jnp.asarray(rules.allowed)[:, :, None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32)
-    allowed = (bits & 1).astype(bool).reshape(rows, -1)[:, :vocab_size]
+    rows, width = logits.shape
+    num_words = -(-width // MASK_BITS)
+    words = jnp.pad(jnp.asarray(rules.allowed), ((0, 0), (0, num_words)))  # room for a last part of padding alone
+    words = lax.dynamic_slice_in_dim(words, first_token // MASK_BITS, num_words, axis=1)
+    bits = words[:, :, None] >> jnp.arange(MASK_BITS, dtype=jnp.uint32)
+    allowed = (bits & 1).astype(bool).reshape(rows, -1)[:, :width]
     return jnp.where(allowed | ~inputs.has_allowed[:, None], logits, -jnp.inf)
 
 
@@ -46,6 +57,7 @@ def _edit(
     rules: LogitRules,
     history: Int[Array, "rows positions"],
     masks_stop_ids: Bool[Array, " rows"],
+    first_token: Int[Array, ""] | int,
 ) -> Float[Array, "rows vocab"]:
     """Biases, and -inf for what a bad word or min_tokens forbids, added to single tokens in one scatter."""
     banned = _completing_tokens(jnp.asarray(rules.bad_words), inputs, history)
@@ -53,7 +65,12 @@ def _edit(
     token_ids = jnp.concatenate([jnp.asarray(rules.bias_ids), banned, stops], axis=-1)
     values = jnp.full(token_ids.shape, -jnp.inf, jnp.float32).at[:, : rules.bias_values.shape[1]].set(rules.bias_values)
     row = jnp.arange(logits.shape[0])[:, None]
-    return logits.at[row, token_ids].add(values, mode="drop")
+    return logits.at[row, _places(token_ids, first_token)].add(values, mode="drop")
+
+
+def _places(token_ids: Int[Array, ...], first_token: Int[Array, ""] | int) -> Int[Array, ...]:
+    """Where tokens lie among logits that begin with `first_token`; NO_TOKEN, which is nowhere, for those before."""
+    return jnp.where(token_ids >= first_token, token_ids - first_token, NO_TOKEN)
 
 
 def _completing_tokens(
@@ -75,14 +92,18 @@ def _completing_tokens(
 
 
 def _penalise(
-    logits: Float[Array, "rows vocab"], inputs: SamplingInputs, history: Int[Array, "rows positions"]
+    logits: Float[Array, "rows vocab"],
+    inputs: SamplingInputs,
+    history: Int[Array, "rows positions"],
+    first_token: Int[Array, ""] | int,
 ) -> Float[Array, "rows vocab"]:
     """Repetition over prompt and output, frequency and presence over the output."""
-    num_generated = _count(history, inputs.num_prompt_tokens, inputs.num_tokens, logits.shape[1])
+    count = partial(_count, history, first_token=first_token, vocab_size=logits.shape[1])
+    num_generated = count(inputs.num_prompt_tokens, inputs.num_tokens)
     repetition = inputs.repetition_penalty[:, None]
 
     def repeat() -> Float[Array, "rows vocab"]:
-        in_prompt = _count(history, jnp.zeros_like(inputs.num_tokens), inputs.num_prompt_tokens, logits.shape[1])
+        in_prompt = count(jnp.zeros_like(inputs.num_tokens), inputs.num_prompt_tokens)
         scaled = jnp.where(logits > 0, logits / repetition, logits * repetition)
         return jnp.where((num_generated > 0) | (in_prompt > 0), scaled, logits)
 
@@ -95,6 +116,8 @@ def _count(
     history: Int[Array, "rows positions"],
     starts: Int[Array, " rows"],
     ends: Int[Array, " rows"],
+    *,
+    first_token: Int[Array, ""] | int,
     vocab_size: int,
 ) -> Int[Array, "rows vocab"]:
     """How often each token stands in positions [start, end) of its row."""
@@ -108,7 +131,7 @@ def _count(
         positions = begin + jnp.arange(size)
         counted = (positions >= first) & (positions >= starts[:, None]) & (positions < ends[:, None])
         chunk = lax.dynamic_slice_in_dim(history, begin, size, axis=1)
-        return counts.at[row, jnp.where(counted, chunk, NO_TOKEN)].add(1, mode="drop")
+        return counts.at[row, jnp.where(counted, _places(chunk, first_token), NO_TOKEN)].add(1, mode="drop")
 
     num_chunks = -(-ends.max() // size)
     return lax.fori_loop(starts.min() // size, num_chunks, count_chunk, jnp.zeros((rows, vocab_size), jnp.int32))

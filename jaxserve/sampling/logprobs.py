@@ -24,11 +24,13 @@ class Scores:
 def score(vocabulary: Vocabulary, token_ids: Int[Array, " rows"]) -> Scores:
     """Natural logarithms; rank 1 is the most likely token, and tokens that tie share the better rank."""
     largest = vocabulary.max[:, None]
-    mass = jnp.exp(vocabulary.blocks - largest[:, :, None]).sum(axis=-1).sum(axis=-1)
-    log_mass = jnp.log(mass)
-    rows = token_ids.shape[0]
-    chosen = jnp.take_along_axis(vocabulary.blocks.reshape(rows, -1), token_ids[:, None], axis=-1, mode="clip")
-    ranks = 1 + (vocabulary.blocks > chosen[:, :, None]).sum(axis=(-1, -2), dtype=jnp.int32)
+    logits = vocabulary.blocks.reshape(token_ids.shape[0], -1)  # [rows, local_vocab]
+    place = token_ids[:, None] - vocabulary.first_token
+    is_mine = (place >= 0) & (place < logits.shape[1])
+    chosen = vocabulary.shards.from_owner(jnp.take_along_axis(logits, place, axis=-1, mode="clip"), is_mine)
+    sums = jnp.exp(vocabulary.blocks - largest[:, :, None]).sum(axis=-1)
+    log_mass = jnp.log(vocabulary.gather(sums).sum(axis=-1))
+    ranks = 1 + vocabulary.shards.sum((logits > chosen).sum(axis=-1, dtype=jnp.int32))
     top, top_token_ids = vocabulary.top(MAX_LOGPROBS)
     return Scores(
         logprobs=(chosen - largest)[:, 0] - log_mass,

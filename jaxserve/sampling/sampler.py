@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.parallel.shards import WHOLE, Shards
 from jaxserve.sampling.draw import draw
 from jaxserve.sampling.inputs import Leaf, SamplingInputs, Variant
 from jaxserve.sampling.logit_rules import apply_rules
@@ -40,27 +41,39 @@ def sample(
     variant: Variant,
     *,
     history: Int[Array, "rows positions"] | None = None,
+    vocab_size: int | None = None,
+    shards: Shards = WHOLE,
 ) -> SampledTokens:
     """Choose one token a row. `history` (prompt and output, below `inputs.num_tokens`) is for "full" alone.
 
     Order: logprobs of the raw logits; allowed tokens, bias, bad words, min_tokens, penalties; then the argmax for
     rows of temperature 0, and temperature, min_p, top_k, top_p for the others.
+
+    Logits from `vocab_size` on are padding. With `shards` they are one device's part of the vocabulary, `history` and
+    `inputs` are whole, and every device comes to the same tokens: those of logits in one piece.
     """
+    vocabulary_of = partial(Vocabulary.of, size=vocab_size, shards=shards)
     logits = logits.astype(jnp.float32)
-    raw = Vocabulary.of(logits)
+    raw = vocabulary_of(logits)
     if variant != "full":
         token_ids = raw.argmax() if variant == "greedy" else draw(raw, inputs)
         return SampledTokens(jnp.where(raw.is_finite, token_ids, 0), raw.is_finite, raw.is_finite)
     if inputs.rules is None or history is None:
         raise ValueError('the variant "full" needs inputs.rules and history')
-    ruled = Vocabulary.of(apply_rules(logits, inputs, inputs.rules, history))
+    ruled = vocabulary_of(apply_rules(logits, inputs, inputs.rules, history, shards))
     ok = raw.is_finite & ruled.is_finite
     return _scored(raw, jnp.where(ok, draw(ruled, inputs), 0), ok)
 
 
-def prompt_logprobs(logits: Float[Array, "rows vocab"], target_ids: Int[Array, " rows"]) -> SampledTokens:
-    """The scores of known next tokens: the same fields as a sampled token's."""
-    vocabulary = Vocabulary.of(logits.astype(jnp.float32))
+def prompt_logprobs(
+    logits: Float[Array, "rows vocab"],
+    target_ids: Int[Array, " rows"],
+    *,
+    vocab_size: int | None = None,
+    shards: Shards = WHOLE,
+) -> SampledTokens:
+    """The scores of known next tokens: the same fields as a sampled token's; see `sample` for the vocabulary."""
+    vocabulary = Vocabulary.of(logits.astype(jnp.float32), size=vocab_size, shards=shards)
     return _scored(vocabulary, target_ids, vocabulary.is_finite)
 
 

@@ -40,7 +40,8 @@ class Scheduler:
         self._requests: dict[str, ScheduledRequest] = {}  # unfinished
         self._waiting = WaitingQueue()
         self._running: list[ScheduledRequest] = []  # in order of rank
-        self._free_slots = list(range(settings.max_num_seqs, 0, -1))  # a stack
+        self._slots = range(settings.first_slot, settings.first_slot + settings.max_num_seqs)
+        self._free_slots = list(reversed(self._slots))  # a stack
         self._rows: dict[int, list[ScheduledRequest]] = {}  # step in flight -> whose row is whose
         self._num_added = 0
         self._num_preemptions = 0
@@ -149,7 +150,7 @@ class Scheduler:
         if self._prefix_cache is not None:
             self._prefix_cache.check_integrity()
         slots = sorted(chain(self._free_slots, (request.slot for request in self._running)))
-        if slots != list(range(1, self._settings.max_num_seqs + 1)):
+        if slots != list(self._slots):
             raise IntegrityError(f"scheduler: free and used slots are {slots[:8]}.. of {self._settings.max_num_seqs}")
         known = sorted(chain((r.request_id for r in self._running), (r.request_id for r in self._waiting)))
         if known != sorted(self._requests):

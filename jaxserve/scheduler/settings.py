@@ -16,6 +16,7 @@ class SchedulerSettings:
     """Limits and order. Raises `ConfigError` where they cannot be met together."""
 
     max_num_seqs: int = 256  # requests running at once: rows of a step, slots of the runner
+    first_slot: int = 1  # of its max_num_seqs slots
     max_num_batched_tokens: int = 2048  # the token budget of a step
     max_model_len: int  # tokens, prompt and answer together
     policy: Policy = "fcfs"  # "priority": lower `priority` first, then arrival

@@ -3,7 +3,7 @@ breaks a rule. `--must-fail` compiles programs that break one rule each, and fai
 
 from __future__ import annotations
 
-from tests.compile_check.environment import set_environment
+from jaxserve.plan.environment import set_environment
 
 set_environment()
 

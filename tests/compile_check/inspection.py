@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>.+?) (?P<opcode>[a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\w+\[([\d,]*)\]")
+from jaxserve.plan.hlo import instructions
+
 _OPERAND = re.compile(r"slice\(%?([\w.\-]+)")
 _SLICE_START = re.compile(r"\[(\d+):\d+(?::\d+)?\]")
 _ITEM_BITS = re.compile(r"= [a-z]+(\d+)")  # of s32[..], bf16[..]
-_COLLECTIVE = re.compile(r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)")
 _SORT_DIMENSION = re.compile(r"dimensions=\{(\d+)\}")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLS = re.compile(r" calls=%?([\w.\-]+)")
 _ALIASING = re.compile(r"output_to_operand_aliasing=\{(.*?\))\}")
 _ALIASED_OUTPUT = re.compile(r"\{(\d*)\}: \(\d+, ")
@@ -28,48 +25,6 @@ _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _SHARED = re.compile(r"dynamic_shared_memory_size %c(\d+)")
 _SERIALIZED = re.compile(r"wgmma\.mma_async instructions are serialized[^\n]*")
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One line of a compiled program: all arrays that it makes, and how."""
-
-    name: str
-    opcode: str
-    shapes: tuple[tuple[int, ...], ...]
-    line: str
-    computation: str  # that it is a line of: the program's entry, a fusion, a loop's body
-
-
-def instructions(hlo: str) -> Iterator[Instruction]:
-    """Every instruction of a program and of its fusions.
-
-    >>> line = "  %sort.1 = (f32[8,16]{1,0:T(8,128)}, s32[8,16]{1,0}) sort(%a, %b), dimensions={1}, to_apply=%less"
-    >>> [(found.opcode, found.shapes) for found in instructions(line)]
-    [('sort', ((8, 16), (8, 16)))]
-    """
-    computation = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            computation = header[1]
-        elif match := _INSTRUCTION.match(line):
-            arrays = _ARRAY.findall(match["shape"])
-            shapes = tuple(tuple(int(size) for size in array.split(",") if size) for array in arrays)
-            yield Instruction(match["name"], match["opcode"], shapes, line.strip(), computation)
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """How often each kind of communication between devices is started.
-
-    >>> collectives("  %a = f32[8]{0} all-reduce-start(%x)\\n  %b = f32[8]{0} all-reduce-done(%a)")
-    {'all-reduce': 1}
-    """
-    found = Counter(
-        match[1]
-        for instruction in instructions(hlo)
-        if (match := _COLLECTIVE.match(instruction.opcode)) and not instruction.opcode.endswith("-done")
-    )
-    return dict(sorted(found.items()))
 
 
 def pool_makers(hlo: str, pool_elements: int) -> list[str]:

@@ -36,6 +36,7 @@ _NOTES = """\
   donated arguments: the pools.
 * `registers` a thread, `spills` in bytes and `shared` memory a block are those of the Mosaic GPU kernel that takes
   most of each, as ptxas says. Kernels that share their registers out anew among warpgroups show what they start with.
+* `h100-4` are four devices that share each layer, `h100-2x2` two data shards of two.
 * Compile times are those of CPU cores that had other work beside: two programs at once, each in its own process.
   The 94 programs of 0.12.0.1 took six minutes in all on two such cores, and the three versions take some twenty.
 """
@@ -111,9 +112,9 @@ def write_pages() -> None:
         newest = (_order(record), results)
     steps = [result for result in newest[1] if result.layers and result.flops is not None]
     peaks = "; ".join(
-        f"{device.name} {device.peak_flops / 1e12:.0f} TFLOP/s in bfloat16 and {device.memory_bytes_s / 1e9:.0f} GB/s"
-        for device in DEVICES.values()
-        if device.platform == "tpu"
+        f"{kind.name} {kind.flops_per_s / 1e12:.0f} TFLOP/s in bfloat16 and {kind.memory_bytes_per_s / 1e9:.0f} GB/s"
+        for kind in DEVICES.values()
+        if kind.platform == "tpu"
     )
     PAGE.write_text(
         "\n".join(
@@ -153,7 +154,7 @@ def _tables(record: Mapping[str, Any], results: Sequence[Result]) -> str:
     parts = [f"# JAX {versions['jax']}\n\n{others}. What the columns mean: [the summary](../../compile-check.md).\n"]
     for device in DEVICES:
         of_device = [result for result in results if Target.device_of(result.target) == device]
-        figures = _KERNEL if DEVICES[device].platform == "cuda" else _COST
+        figures = _KERNEL if DEVICES[device].platform == "gpu" else _COST
         parts += [f"## {device}\n", _markdown(of_device, (*_COMMON, *figures, *_MEMORY, *_END)), ""]
     return "\n".join(parts)
 
@@ -163,13 +164,13 @@ def _order(record: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _product_s(result: Result) -> float | None:
-    return None if result.flops is None else result.flops / DEVICES[Target.device_of(result.target)].peak_flops
+    return None if result.flops is None else result.flops / DEVICES[Target.device_of(result.target)].flops_per_s
 
 
 def _memory_s(result: Result) -> float | None:
     if result.accessed_bytes is None:
         return None
-    return result.accessed_bytes / DEVICES[Target.device_of(result.target)].memory_bytes_s
+    return result.accessed_bytes / DEVICES[Target.device_of(result.target)].memory_bytes_per_s
 
 
 def _markdown(results: Sequence[Result], columns: _Columns) -> str:

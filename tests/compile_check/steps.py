@@ -13,6 +13,9 @@ from jax.stages import Lowered
 from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.engine.device import DeviceDefaults
 from jaxserve.models.base import DecoderConfig
+from jaxserve.plan.deployment import SAMPLER_COLLECTIVES
+from jaxserve.plan.memory import activation_bytes
+from jaxserve.plan.models import known_config
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.programs import Programs, ProgramShapes
@@ -23,33 +26,8 @@ from tests.compile_check.targets import Target
 
 REDUCED_LAYERS = 2  # all layers are alike: two show what a layer costs, and what lies between two
 
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-    "max_position_embeddings": 131072,
-    "num_key_value_heads": 8,
-}
-_8B = _LLAMA | {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-}
-_70B = _LLAMA | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-}
+_8B = known_config("meta-llama/Llama-3.1-8B-Instruct")
+_70B = known_config("meta-llama/Llama-3.3-70B-Instruct")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,12 +66,12 @@ class Deployment:
             block_size=self.block_size,
             dtype=jnp.bfloat16,
             implementation=IMPLEMENTATION[self.target.platform],
-            num_shards=self.target.num_devices,
+            num_shards=self.target.tensor_size,
         )
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of a full-sized model's pool: four fifths of what its weights leave of the devices.
+        """Blocks of a full-sized model's pool: four fifths of what its weights leave of a data shard's devices.
 
         Odd, and no multiple of anything else in the step, so that only pools have the size of a pool.
         """
@@ -101,7 +79,7 @@ class Deployment:
         attention = 2 * decoder.hidden_size * (decoder.num_q_heads + decoder.num_kv_heads) * decoder.head_dim
         layer = attention + 3 * decoder.hidden_size * decoder.ffn_size
         weight_bytes = 2 * (decoder.num_layers * layer + 2 * decoder.vocab_size * decoder.hidden_size)
-        free = self.target.memory_bytes * self.target.num_devices - weight_bytes
+        free = self.target.memory_bytes * self.target.tensor_size - weight_bytes
         return self.kv_spec(decoder.num_layers).num_blocks_in(int(free * 0.8)) // 2 * 2 - 1
 
 
@@ -121,6 +99,14 @@ DEPLOYMENTS = (
         max_num_seqs=128,
         max_num_batched_tokens=8192,
         max_model_len=16384,
+    ),
+    Deployment(
+        name="Llama 3.3 70B",
+        hf_config=_70B,
+        target=Target(device="h100", num_devices=8),
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=32768,
     ),
     Deployment(
         name="Llama 3.1 8B",
@@ -146,11 +132,23 @@ DEPLOYMENTS = (
         max_num_batched_tokens=2048,
         max_model_len=8192,
     ),
+    Deployment(
+        name="Llama 3.1 8B",
+        hf_config=_8B,
+        target=Target(device="h100", num_devices=4, num_data_shards=2),
+        max_num_seqs=128,
+        max_num_batched_tokens=8192,
+        max_model_len=16384,
+    ),
+    Deployment(
+        name="Llama 3.1 8B",
+        hf_config=_8B,
+        target=Target(device="v5e", num_devices=8, num_data_shards=2),
+        max_num_seqs=96,
+        max_num_batched_tokens=2048,
+        max_model_len=8192,
+    ),
 )
-
-# What the sampler's programs take to choose from a vocabulary that is split over devices, as counted with the JAX
-# version that takes most: 0.12 takes 18 on GPUs and a quarter of the memory, the others 14. More should be seen.
-_SAMPLE_COLLECTIVES = {"cuda": 18, "tpu": 60}
 
 
 def step_jobs(*, full: bool) -> list[Job]:
@@ -167,7 +165,8 @@ def step_jobs(*, full: bool) -> list[Job]:
 
 def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bool) -> Job:
     layers = deployment.decoder.num_layers if full else REDUCED_LAYERS
-    num_devices = deployment.target.num_devices
+    num_devices = deployment.target.tensor_size
+    model = replace(deployment.decoder, num_shards=num_devices)
     pool_bytes = deployment.kv_spec(1).block_bytes // 2 * deployment.num_blocks // num_devices  # K's, a device
     return Job(
         name=f"{deployment.name}, {name}",
@@ -176,7 +175,7 @@ def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bo
         limits=Limits(
             pool_elements=pool_bytes // jnp.dtype(jnp.bfloat16).itemsize,
             min_alias_bytes=2 * layers * pool_bytes,
-            max_temp_bytes=_activation_bytes(deployment.decoder, num_tokens, num_devices) + (64 << 20),
+            max_temp_bytes=activation_bytes(model, num_tokens, jnp.dtype(jnp.bfloat16).itemsize) + (64 << 20),
             vocab_size=deployment.decoder.vocab_size,
             num_shards=num_devices,
             # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
@@ -186,15 +185,8 @@ def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bo
     )
 
 
-def _activation_bytes(decoder: DecoderConfig, num_tokens: int, num_devices: int) -> int:
-    """What a step may hold at once: hidden states a few times over, and a device's share of gate and up."""
-    return (
-        num_tokens * jnp.dtype(jnp.bfloat16).itemsize * (6 * decoder.hidden_size + 4 * decoder.ffn_size // num_devices)
-    )
-
-
 def _sample_job(deployment: Deployment, variant: Variant) -> Job:
-    num_devices = deployment.target.num_devices
+    num_devices = deployment.target.tensor_size
     return Job(
         name=f"{deployment.name}, sampler {variant!r}",
         target=deployment.target,
@@ -202,7 +194,7 @@ def _sample_job(deployment: Deployment, variant: Variant) -> Job:
         limits=Limits(
             vocab_size=deployment.decoder.vocab_size,
             num_shards=num_devices,
-            max_collectives=_SAMPLE_COLLECTIVES[deployment.target.platform] if num_devices > 1 else 0,
+            max_collectives=SAMPLER_COLLECTIVES[variant] if num_devices > 1 else 0,
         ),
         has_kernels=False,
     )

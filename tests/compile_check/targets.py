@@ -1,76 +1,44 @@
-"""The devices that programs are compiled for, described to the real compilers: no GPU, TPU or driver is needed."""
+"""The devices that programs are compiled for: no GPU, TPU or driver is needed."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from jaxserve.parallel.mesh import make_mesh
+from jaxserve.plan.devices import KINDS, DeviceKind
+from jaxserve.plan.topologies import topology_mesh
 
 Device = Literal["h100", "v5e", "v6e"]
 
-# As openxla describes it (xla/backends/gpu/target_config/specs/h100_sxm.txtpb), with the features of sm_90a.
-_H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES } registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a" device_address_bits: 64
-  name: "NVIDIA H100 80GB HBM3" driver_version: "13.0.0" runtime_version: "13.0.0"
-  compile_time_toolkit_version: "13.0.0" dnn_version: "9.12.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 12 }
-runtime_version { major: 13 minor: 0 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceFacts:
-    """What the makers say of a kind of device."""
-
-    name: str
-    platform: Literal["cuda", "tpu"]  # the compiler's name for it
-    memory_bytes: int
-    peak_flops: float  # a second, dense, in bfloat16
-    memory_bytes_s: float
-
-
-DEVICES: dict[Device, DeviceFacts] = {
-    "h100": DeviceFacts(
-        name="H100", platform="cuda", memory_bytes=84942979072, peak_flops=989e12, memory_bytes_s=3352e9
-    ),
-    "v5e": DeviceFacts(name="v5e", platform="tpu", memory_bytes=16 * 2**30, peak_flops=197e12, memory_bytes_s=819e9),
-    "v6e": DeviceFacts(name="v6e", platform="tpu", memory_bytes=32 * 2**30, peak_flops=918e12, memory_bytes_s=1640e9),
-}
+DEVICES: dict[Device, DeviceKind] = {"h100": KINDS["h100"], "v5e": KINDS["v5e"], "v6e": KINDS["v6e"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A number of devices of one kind."""
+    """A number of devices of one kind, in so many data shards."""
 
     device: Device
     num_devices: int
+    num_data_shards: int = 1
 
     @property
     def name(self) -> str:
-        """For the table: `h100`, `v5e-4`."""
+        """For the table: `h100`, `v5e-4`, and `v5e-2x4` for two data shards of four devices."""
+        if self.num_data_shards > 1:
+            return f"{self.device}-{self.num_data_shards}x{self.tensor_size}"
         return self.device if self.num_devices == 1 else f"{self.device}-{self.num_devices}"
+
+    @property
+    def tensor_size(self) -> int:
+        """Devices that share each layer."""
+        return self.num_devices // self.num_data_shards
 
     @property
     def platform(self) -> Literal["cuda", "tpu"]:
         """The compiler's name for it."""
-        return DEVICES[self.device].platform
+        return "tpu" if DEVICES[self.device].platform == "tpu" else "cuda"
 
     @property
     def memory_bytes(self) -> int:
@@ -81,22 +49,11 @@ class Target:
     def device_of(name: str) -> Device:
         """The kind of device of a target's name.
 
-        >>> Target.device_of("v5e-4"), Target.device_of("h100")
+        >>> Target.device_of("v5e-2x4"), Target.device_of("h100")
         ('v5e', 'h100')
         """
         return next(device for device in DEVICES if device == name.partition("-")[0])
 
     def mesh(self) -> Mesh:
         """A mesh of devices that programs can be compiled for, and not run on."""
-        if self.platform == "cuda":
-            options = {"target_config": _H100, "topology": f"1x{self.num_devices}x1"}
-        else:  # a TPU topology is a host of at least four chips: one chip is its first
-            options = {"topology_name": f"{self.device}:{'2x4' if self.num_devices > 4 else '2x2'}"}
-        return make_mesh(self.num_devices, topologies.get_topology_desc(platform=self.platform, **options).devices)
-
-
-@contextlib.contextmanager
-def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Kernels that ask what they are lowered for see the mesh's devices; without this they see the CPU."""
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        yield
+        return topology_mesh(self.device, tensor=self.tensor_size, data=self.num_data_shards)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.compile_check.environment import set_environment
+from jaxserve.plan.environment import set_environment
 
 set_environment()
 
@@ -17,10 +17,11 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 from jax.stages import Compiled  # noqa: E402
 
+from jaxserve.plan.hlo import collectives  # noqa: E402
+from jaxserve.plan.topologies import lowering_for  # noqa: E402
 from tests.compile_check import inspection  # noqa: E402
 from tests.compile_check.catalogue import find  # noqa: E402
 from tests.compile_check.jobs import Job, Limits, Result  # noqa: E402
-from tests.compile_check.targets import lowering_for  # noqa: E402
 
 
 def run(job: Job, dump_folder: Path) -> Result:
@@ -52,7 +53,7 @@ def _measure(compiled: Compiled, result: Result) -> None:
 
 
 def _judge(hlo: str, limits: Limits, result: Result) -> None:
-    result.collectives = inspection.collectives(hlo)
+    result.collectives = collectives(hlo)
     num_collectives = sum(result.collectives.values())
     if num_collectives > limits.max_collectives:
         result.failures.append(f"{num_collectives} collectives, at most {limits.max_collectives} are expected")

@@ -113,6 +113,7 @@ def test_a_port_in_use(checkpoint):
     [
         (["--max-model-len", "100000"], ["max_model_len", "256"]),
         (["--tensor-parallel-size", "7"], ["tensor_parallel_size", "7"]),
+        (["--data-parallel-size", "64"], ["data_parallel_size 64", "64 devices"]),
         (["--device", "tpu"], ["tpu"]),
     ],
 )

@@ -6,7 +6,7 @@ is refused by the compiler; steps have two layers.
 
 from __future__ import annotations
 
-from tests.compile_check.environment import set_environment
+from jaxserve.plan.environment import set_environment
 
 set_environment()
 
@@ -25,13 +25,14 @@ from jax.sharding import Mesh  # noqa: E402
 from jax.stages import Lowered  # noqa: E402
 
 from jaxserve.parallel.mesh import replicated  # noqa: E402
+from jaxserve.plan.topologies import lowering_for  # noqa: E402
 from jaxserve.runner.buckets import Bucket  # noqa: E402
 from pallas_kernels.isolation import shortened  # noqa: E402
 from pallas_kernels.numerics import logical_dtype  # noqa: E402
 from pallas_kernels.paged_attention.cases import Case, make_inputs  # noqa: E402
 from pallas_kernels.paged_attention.mosaic_gpu import check_supported  # noqa: E402
 from pallas_kernels.paged_attention.runs import AttentionRun  # noqa: E402
-from tests.compile_check.targets import Target, lowering_for  # noqa: E402
+from tests.compile_check.targets import Target  # noqa: E402
 from tests.gpu.attention_programs import decode_run, prefill_run  # noqa: E402
 from tests.gpu.cases import attention_cases  # noqa: E402
 from tests.gpu.correctness import attention_call  # noqa: E402

@@ -142,7 +142,7 @@ class DecodeSteps:
         }
 
     def _packed(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the two programs are told of the batch."""
+        """What the two programs are told of the batch: each i32[1, size], as there is one data shard."""
         position = self.sizes.context - 1
         tables = 1 + np.arange(batch * self.blocks_per_seq, dtype=np.int32).reshape(batch, -1)
         slots = 1 + np.arange(batch, dtype=np.int32)
@@ -166,7 +166,7 @@ class DecodeSteps:
         )
         empty = empty_batch(Bucket(batch, batch), self.backend, blocks_per_seq=self.blocks_per_seq)
         sample = SampleBatch(slots, slots, positions)
-        return Packing(ForwardBatch.from_host(empty)).pack(forward), Packing(sample).pack(sample)
+        return Packing(ForwardBatch.from_host(empty)).pack(forward)[None], Packing(sample).pack(sample)[None]
 
     @cached_property
     def _params(self) -> Params:

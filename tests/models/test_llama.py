@@ -82,7 +82,7 @@ def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
         samples=[True],
     )
     slots.apply(plan)
-    batch = BatchBuilder(Buckets((128,), (2,)), slots, backend).build(plan)
+    batch = BatchBuilder(Buckets((128,), (2,)), slots, backend).build(plan).batches[0]
     tokens = jnp.zeros((3, 128), jnp.int32).at[1, : len(token_ids)].set(jnp.asarray(token_ids))
     caches = spec.allocate(num_blocks + 1, graph.mesh)
 

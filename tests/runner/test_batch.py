@@ -62,7 +62,7 @@ def plan_of(*rows: tuple[int, int, int, bool]) -> StepPlan:
 
 
 def test_rows_of_one_token_come_first_and_the_order_is_kept(builder: BatchBuilder) -> None:
-    batch = builder.build(plan_of((1, 0, 6, True), (3, 2, 1, True)))
+    batch = builder.build(plan_of((1, 0, 6, True), (3, 2, 1, True))).batches[0]
     assert batch.order.tolist() == [1, 0]
     assert batch.bucket == Bucket(8, 4)
     assert batch.token_slots.tolist() == [3, 1, 1, 1, 1, 1, 1, 0]
@@ -71,19 +71,19 @@ def test_rows_of_one_token_come_first_and_the_order_is_kept(builder: BatchBuilde
 
 
 def test_kv_slots_follow_the_block_tables_and_padding_goes_to_block_0(builder: BatchBuilder) -> None:
-    batch = builder.build(plan_of((1, 3, 3, True)))
+    batch = builder.build(plan_of((1, 3, 3, True))).batches[0]
     assert batch.kv_slots.tolist() == [5 * BLOCK + 3, 2 * BLOCK, 2 * BLOCK + 1, 0]
 
 
 def test_a_row_that_does_not_sample_writes_to_slot_0(builder: BatchBuilder) -> None:
-    batch = builder.build(plan_of((1, 0, 2, False), (3, 0, 3, True)))
+    batch = builder.build(plan_of((1, 0, 2, False), (3, 0, 3, True))).batches[0]
     assert batch.sample_slots.tolist() == [0, 3, 0, 0]
     assert batch.write_positions[:2].tolist() == [2, 3]
 
 
 def test_appended_blocks_are_found(builder: BatchBuilder, slots: SlotTable) -> None:
     slots.apply(StepPlan(step_id=1, new_blocks=[(3, [9]), (3, [4])]))
-    batch = builder.build(plan_of((3, 8, 1, True)))
+    batch = builder.build(plan_of((3, 8, 1, True))).batches[0]
     assert batch.kv_slots[0] == 4 * BLOCK
 
 
@@ -98,13 +98,39 @@ def test_a_slot_taken_again_forgets_its_last_owner(builder: BatchBuilder, slots:
 
 
 def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBuilder) -> None:
-    batch = builder.build(plan_of((1, 0, 5, True), (3, 2, 1, False)))
+    batch = builder.build(plan_of((1, 0, 5, True), (3, 2, 1, False))).batches[0]
     padding = empty_batch(batch.bucket, BACKEND, blocks_per_seq=4)
     packing = Packing(ForwardBatch.from_host(padding))
     packed = packing.pack(ForwardBatch.from_host(batch))
     unpacked = packing.unpack(jnp.asarray(packed))
     np.testing.assert_array_equal(unpacked.positions, batch.positions)
     np.testing.assert_array_equal(unpacked.metadata.kv_lens, batch.metadata.kv_lens)
+
+
+def test_each_data_shard_has_a_batch_of_its_own_rows_in_one_bucket() -> None:
+    slots = SlotTable(max_num_seqs=2, max_blocks_per_seq=4, num_data_shards=2)
+    new = [new_slot(1, [1] * 3, [7]), new_slot(4, [1] * 6, [5, 2]), new_slot(5, [1], [3])]  # slot 3 is padding
+    slots.apply(StepPlan(step_id=0, new_slots=new))
+    step = BatchBuilder(Buckets((4, 8), (2, 4)), slots, BACKEND).build(
+        plan_of((4, 0, 6, True), (1, 2, 1, True), (5, 0, 1, True))
+    )
+    first, second = step.batches
+    assert first.bucket == second.bucket == Bucket(8, 4)
+    assert (first.row_slots.tolist(), second.row_slots.tolist()) == ([1, 0, 0, 0], [2, 1, 0, 0])
+    assert first.kv_slots.tolist() == [7 * BLOCK + 2] + [0] * 7
+    assert second.kv_slots[:4].tolist() == [3 * BLOCK, 5 * BLOCK, 5 * BLOCK + 1, 5 * BLOCK + 2]
+    assert (step.order.tolist(), step.places.tolist()) == ([1, 2, 0], [0, 4, 5])
+
+
+def test_a_data_shard_without_rows_has_padding_alone() -> None:
+    slots = SlotTable(max_num_seqs=2, max_blocks_per_seq=4, num_data_shards=2)
+    slots.apply(StepPlan(step_id=0, new_slots=[new_slot(4, [1] * 3, [7])]))
+    idle, busy = BatchBuilder(Buckets((4,), (2,)), slots, BACKEND).build(plan_of((4, 0, 3, True))).batches
+    assert (idle.num_rows, busy.num_rows) == (0, 1)
+    padding = empty_batch(idle.bucket, BACKEND, blocks_per_seq=4)
+    packing = Packing(ForwardBatch.from_host(padding))
+    given, wanted = (packing.pack(ForwardBatch.from_host(batch)) for batch in (idle, padding))
+    np.testing.assert_array_equal(given, wanted)
 
 
 def test_a_step_beyond_the_largest_bucket_is_refused(builder: BatchBuilder) -> None:

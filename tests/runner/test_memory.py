@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import pytest
 
@@ -27,14 +29,14 @@ def test_a_block_holds_k_and_v_of_all_layers() -> None:
 
 
 def test_a_number_wins_and_bytes_are_counted_a_device() -> None:
-    assert blocks_from_budget(CacheSettings(num_gpu_blocks_override=7), SPEC, num_devices=1) == 7
-    four = blocks_from_budget(CacheSettings(kv_cache_memory_bytes=GIB), SPEC, num_devices=4)
+    assert blocks_from_budget(CacheSettings(num_gpu_blocks_override=7), SPEC) == 7
+    four = blocks_from_budget(CacheSettings(kv_cache_memory_bytes=GIB), replace(SPEC, num_shards=4))
     assert four == 4 * GIB // SPEC.block_bytes
-    assert blocks_from_budget(CacheSettings(), SPEC, num_devices=1) is None
+    assert blocks_from_budget(CacheSettings(), SPEC) is None
 
 
 def test_a_device_gives_what_is_left_beside_weights_and_steps() -> None:
-    blocks = blocks_on_device(SPEC, H100, num_devices=1, num_useful=10**9)
+    blocks = blocks_on_device(SPEC, H100, num_useful=10**9)
     free = 0.98 * 72 * GIB - 17 * GIB
     assert 0.98 * free < blocks * SPEC.block_bytes <= free
 
@@ -42,26 +44,26 @@ def test_a_device_gives_what_is_left_beside_weights_and_steps() -> None:
 def test_noise_in_free_memory_hardly_changes_the_number() -> None:
     weights = range(15 * GIB, 15 * GIB + 40 * 2**20, 2**20)
     memories = [DeviceMemory(limit_bytes=72 * GIB, in_use_bytes=taken, step_bytes=2 * GIB) for taken in weights]
-    given = {blocks_on_device(SPEC, m, num_devices=1, num_useful=10**9) for m in memories}
+    given = {blocks_on_device(SPEC, m, num_useful=10**9) for m in memories}
     assert len(given) <= 2
 
 
 def test_more_blocks_than_all_sequences_can_use_are_not_taken() -> None:
     useful = num_useful_blocks(SPEC, max_num_seqs=2, max_model_len=100)
     assert useful == 2 * 7 + 1
-    assert blocks_on_device(SPEC, H100, num_devices=1, num_useful=useful) == useful
+    assert blocks_on_device(SPEC, H100, num_useful=useful) == useful
     assert blocks_on_cpu(SPEC, num_useful=useful) == useful
 
 
 def test_a_model_that_leaves_no_room_says_how_much_it_takes() -> None:
     full = DeviceMemory(limit_bytes=22 * GIB, in_use_bytes=20 * GIB, step_bytes=3 * GIB)
     with pytest.raises(ConfigError, match=r"23\.0 GiB.*22\.0 GiB.*tensor_parallel_size"):
-        blocks_on_device(SPEC, full, num_devices=1, num_useful=100)
+        blocks_on_device(SPEC, full, num_useful=100)
 
 
 def test_a_budget_below_two_blocks_is_an_error() -> None:
     with pytest.raises(ConfigError, match="at least 2"):
-        blocks_from_budget(CacheSettings(kv_cache_memory_bytes=SPEC.block_bytes), SPEC, num_devices=1)
+        blocks_from_budget(CacheSettings(kv_cache_memory_bytes=SPEC.block_bytes), SPEC)
 
 
 def test_a_context_that_nobody_asked_for_shrinks_to_the_pool_and_one_asked_for_does_not() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxserve.sampling.inputs import VARIANTS, LogitRules, SlotParameters, Variant
 from jaxserve.sampling.sampler import SampledTokens, sample
 from jaxserve.sampling_params import SamplingParams
+from tests.sampling.split_vocabulary import split_sampler
 
 EOS = 2
 MAX_LEN = 40
@@ -30,9 +31,11 @@ def run(
     outputs: Sequence[Sequence[int]] | None = None,
     variant: Variant | None = None,
     num_rows: int | None = None,
-    place: jax.sharding.Sharding | None = None,
+    num_shards: int = 1,
 ) -> SampledTokens:
     """One token a row of `logits`, padded to `num_rows`; padding rows are cut off again. NumPy leaves.
+
+    With `num_shards` so many devices have a part of the vocabulary each.
 
     Few shapes, few compilations: the default is the next of 32, 64, 128 ...
     """
@@ -53,8 +56,9 @@ def run(
     if variant == "full" and inputs.rules is None:
         inputs = replace(inputs, rules=LogitRules.empty(padded, vocab_size))
     padding = np.zeros((padded - rows, vocab_size), np.float32)
-    placed = jax.device_put(np.concatenate([logits.astype(np.float32), padding]), place)
-    result = compiled(variant)(placed, inputs, history=history if variant == "full" else None)
+    padded_logits = np.concatenate([logits.astype(np.float32), padding])
+    sampler = compiled(variant) if num_shards == 1 else split_sampler(variant, num_shards)
+    result = sampler(padded_logits, inputs, history=history if variant == "full" else None)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:rows], result)
 
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from scipy import stats
@@ -169,12 +168,3 @@ def test_a_row_that_is_not_finite_is_flagged_and_the_others_are_untouched(varian
     assert result.ok[others].all()
     np.testing.assert_array_equal(result.token_ids[hit], 0)
     np.testing.assert_array_equal(result.token_ids[others], clean.token_ids[others])
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs several (virtual) devices")
-def test_logits_split_over_devices_give_the_same_tokens():
-    logits, params, outputs = mixed_rows()
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("tensor",))
-    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "tensor"))
-    expected = run(logits, params, outputs=outputs).token_ids
-    np.testing.assert_array_equal(run(logits, params, outputs=outputs, place=split).token_ids, expected)
