@@ -101,6 +101,7 @@ class Assembly:
             kv_spec=self.spec,
             num_blocks=num_blocks,
             max_num_seqs=self.settings.max_num_seqs,
+            max_num_drafts=self.settings.max_num_drafts,
             max_model_len=max_model_len,
         )
 

@@ -24,18 +24,23 @@ class HostBatch:
     positions: np.ndarray  # i32[tokens]
     kv_slots: np.ndarray  # i32[tokens], in block 0 past the end
     metadata: AttentionMetadata  # NumPy leaves
-    last_tokens: np.ndarray  # i32[rows], index of each row's last token in the batch
-    sample_slots: np.ndarray  # i32[rows], the row's slot, or 0 where it does not sample
     row_slots: np.ndarray  # i32[num_rows], the row's slot
     starts: np.ndarray  # i32[num_rows]
     num_tokens: np.ndarray  # i32[num_rows]
+    samples: Samples
 
-    @property
-    def write_positions(self) -> np.ndarray:
-        """i32[rows]: where the sampled token goes in its slot; 0 for padding."""
-        positions = np.zeros(self.bucket.num_rows, np.int32)
-        positions[: self.num_rows] = self.starts + self.num_tokens
-        return positions
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The tokens of a step that yield a new one: those at the end of their row, one or, behind drafts, several."""
+
+    rows: np.ndarray  # i64[num_samples], row in the plan
+    tokens: np.ndarray  # i32[rows], index of the token in the batch; 0 past num_samples, as the next two
+    slots: np.ndarray  # i32[rows], the row's slot
+    positions: np.ndarray  # i32[rows], where the new token goes in its slot: how many tokens stand before it
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 class BatchBuilder:
@@ -54,7 +59,6 @@ class BatchBuilder:
         num_tokens = num_tokens[order]
         row_slots = np.array(plan.slots, np.int32)[order]
         starts = np.array(plan.starts, np.int32)[order]
-        samples = np.array(plan.samples, bool)[order]
         ends = np.cumsum(num_tokens, dtype=np.int32)
         bucket = self._buckets.pick(int(ends[-1]))
         token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
@@ -77,11 +81,10 @@ class BatchBuilder:
                 num_tokens=bucket.num_tokens,
                 num_rows=bucket.num_rows,
             ),
-            last_tokens=_padded(ends - 1, bucket.num_rows),
-            sample_slots=_padded(np.where(samples, row_slots, 0), bucket.num_rows),
             row_slots=row_slots,
             starts=starts,
             num_tokens=num_tokens,
+            samples=_samples(plan, order, ends, bucket.num_rows),
         )
 
     @staticmethod
@@ -101,6 +104,40 @@ class BatchBuilder:
         token_slots[:total] = np.repeat(row_slots, num_tokens)
         positions[:total] = np.arange(total, dtype=np.int32) + np.repeat(offsets, num_tokens)
         return token_slots, positions
+
+
+def _samples(plan: StepPlan, order: np.ndarray, ends: np.ndarray, num_rows: int) -> Samples:
+    """Of each row that samples the last token, and the one before for each draft.
+
+    # row                | a: 1 token | b: 4 tokens, the last 2 of them drafts | c: 2 tokens, does not sample
+    # samples' tokens    | 0          | 2 3 4                                  |
+    """
+    counts = np.array(plan.samples, np.int64)
+    for row, draft_ids in plan.drafts.items():
+        counts[row] += len(draft_ids)
+    counts = counts[order]
+    owners = np.repeat(np.arange(len(order)), counts)
+    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(owners))  # 1 for a row's last token
+    rows = order[owners]
+    row_ends = np.array(plan.starts, np.int32) + np.array(plan.num_tokens, np.int32)
+    return Samples(
+        rows=rows,
+        tokens=_padded(ends[owners] - from_end, num_rows),
+        slots=_padded(np.array(plan.slots, np.int32)[rows], num_rows),
+        positions=_padded(row_ends[rows] - from_end + 1, num_rows),
+    )
+
+
+def draft_places(plan: StepPlan) -> np.ndarray:
+    """Where a plan's drafts belong in the token table: i32[3, drafts], slot, position and token id of each."""
+    return np.array(
+        [
+            (plan.slots[row], plan.starts[row] + plan.num_tokens[row] - len(draft_ids) + index, token_id)
+            for row, draft_ids in plan.drafts.items()
+            for index, token_id in enumerate(draft_ids)
+        ],
+        np.int32,
+    ).T
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
@@ -129,9 +166,8 @@ def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: in
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,
         ),
-        last_tokens=rows,
-        sample_slots=rows,
         row_slots=nothing,
         starts=nothing,
         num_tokens=nothing,
+        samples=Samples(rows=nothing, tokens=rows, slots=rows, positions=rows),
     )

@@ -11,7 +11,7 @@ import numpy as np
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import replicated
-from jaxserve.runner.batch import BatchBuilder, HostBatch
+from jaxserve.runner.batch import BatchBuilder, HostBatch, draft_places
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.runner.programs import Programs, ProgramShapes
 from jaxserve.runner.slot_table import SlotTable
@@ -80,22 +80,19 @@ class ModelRunner:
         self._slots.apply(plan)
         for new in plan.new_slots:
             self._occupy(new)
+        if plan.drafts:
+            self._tokens = self._programs.write_drafts(self._tokens, draft_places(plan))
         batch = self._builder.build(plan)
         hidden, rows, self._caches = self._programs.forward(
             self._params, self._caches, self._tokens, batch.bucket, ForwardBatch.from_host(batch)
         )
         prompt_scores = self._score_prompts(hidden, batch)
-        known = batch.starts + batch.num_tokens
-        variant, inputs = self._parameters.gather(batch.row_slots, known, num_rows=batch.bucket.num_rows)
-        slots = np.zeros(batch.bucket.num_rows, np.int32)
-        slots[: batch.num_rows] = batch.row_slots
+        samples = batch.samples
+        variant, inputs = self._parameters.gather(
+            samples.slots[: len(samples)], samples.positions[: len(samples)], num_rows=batch.bucket.num_rows
+        )
         self._tokens, sampled = self._programs.sample(
-            self._head,
-            rows,
-            self._tokens,
-            SampleBatch(slots, batch.sample_slots, batch.write_positions),
-            inputs,
-            variant,
+            self._head, rows, self._tokens, SampleBatch(samples.slots, samples.positions), inputs, variant
         )
         return _DeviceStep(plan, batch, sampled, prompt_scores, self._asked_logprobs(batch))
 
@@ -112,10 +109,10 @@ class ModelRunner:
         )
 
     def _asked_logprobs(self, batch: HostBatch) -> dict[int, int]:
-        """Batch row -> alternatives asked for, of rows that sample and asked."""
+        """Sample -> alternatives asked for, where any were."""
         asked = self._slots.num_logprobs
-        slots = batch.sample_slots[: batch.num_rows].tolist()
-        return {row: asked[slot] for row, slot in enumerate(slots) if slot in asked} if asked else {}
+        slots = batch.samples.slots[: len(batch.samples)].tolist()
+        return {index: asked[slot] for index, slot in enumerate(slots) if slot in asked} if asked else {}
 
     def _score_prompts(self, hidden: jax.Array, batch: HostBatch) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow this step's positions, for rows that asked."""
@@ -181,22 +178,24 @@ class _DeviceStep:
         return self.sampled.token_ids.is_ready()
 
     def result(self) -> StepResult:
-        num_rows = self.batch.num_rows
-        batch_ids = np.asarray(self.sampled.token_ids)[:num_rows]
-        ok = np.asarray(self.sampled.ok)[:num_rows]
-        order = self.batch.order
-        token_ids = np.zeros(num_rows, np.int64)
-        token_ids[order] = np.where(self.batch.sample_slots[:num_rows] > 0, batch_ids, 0)
-        result = StepResult(step_id=self.plan.step_id, token_ids=token_ids.tolist())
-        if self.asked_logprobs:
-            entries = _token_logprobs(self.sampled, self.asked_logprobs)
-            result.logprobs = {int(order[row]): entry for row, entry in entries.items()}
+        rows = self.batch.samples.rows.tolist()
+        token_ids = np.asarray(self.sampled.token_ids).tolist()
+        ok = np.asarray(self.sampled.ok).tolist()
+        logprobs = _token_logprobs(self.sampled, self.asked_logprobs) if self.asked_logprobs else {}
+        result = StepResult(step_id=self.plan.step_id, token_ids=[[] for _ in range(self.batch.num_rows)])
+        for index, row in enumerate(rows):
+            new_ids = result.token_ids[row]
+            if row in result.errors or (new_ids and new_ids[-1] != self.plan.drafts[row][len(new_ids) - 1]):
+                continue  # drawn behind a draft that did not hold
+            if not ok[index]:
+                model_ok = bool(np.asarray(self.sampled.model_ok)[index])
+                result.errors[row] = RULED_OUT if model_ok else NOT_FINITE
+                continue
+            new_ids.append(token_ids[index])
+            if index in logprobs:
+                result.logprobs.setdefault(row, []).append(logprobs[index])
         for scores in self.prompt_scores:
             result.prompt_logprobs[scores.plan_row] = scores.fetch()
-        if not ok.all():
-            model_ok = np.asarray(self.sampled.model_ok)
-            for row in np.flatnonzero(~ok & (self.batch.sample_slots[:num_rows] > 0)):
-                result.errors[int(order[row])] = RULED_OUT if model_ok[row] else NOT_FINITE
         return result
 
 

@@ -28,6 +28,7 @@ from jaxserve.runner.step import (
     forward,
     sample_rows,
     score_prompt,
+    write_drafts,
     write_slot,
 )
 from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant, abstract_inputs
@@ -43,6 +44,7 @@ class ProgramShapes:
     num_blocks: int
     max_num_seqs: int
     max_model_len: int
+    max_num_drafts: int = 0  # guessed tokens a step
 
     @property
     def blocks_per_seq(self) -> int:
@@ -66,7 +68,7 @@ class Programs:
             bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
         }
         self._sample_packings = {
-            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(3))))
+            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(2))))
             for rows in shapes.buckets.row_sizes
         }
 
@@ -103,6 +105,12 @@ class Programs:
         """See `step.write_slot`; `tokens` is donated."""
         return self._compiled[("write_slot",)](tokens, np.int32(slot), row)
 
+    def write_drafts(self, tokens: jax.Array, drafts: np.ndarray) -> jax.Array:
+        """See `step.write_drafts`; `tokens` is donated. Fewer drafts than the shape holds go to the padding slot."""
+        padded = np.zeros((3, self._shapes.max_num_drafts), np.int32)
+        padded[:, : drafts.shape[1]] = drafts
+        return self._compiled[("write_drafts",)](tokens, padded)
+
     # Compilation -----------------------------------------------------------------------------------------------------
 
     def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
@@ -116,6 +124,8 @@ class Programs:
         for num_tokens in self._shapes.buckets.token_sizes:
             jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
         jobs[("write_slot",)] = self._lower_write_slot
+        if self._shapes.max_num_drafts:
+            jobs[("write_drafts",)] = self._lower_write_drafts
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self) -> int:
@@ -181,6 +191,10 @@ class Programs:
     def _lower_write_slot(self) -> Lowered:
         jitted = jax.jit(write_slot, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
         return jitted.lower(self._tokens(), self._abstract(), self._abstract(self._shapes.tokens_shape[1]))
+
+    def _lower_write_drafts(self) -> Lowered:
+        jitted = jax.jit(write_drafts, donate_argnames="tokens", out_shardings=replicated(self._graph.mesh))
+        return jitted.lower(self._tokens(), self._abstract(3, self._shapes.max_num_drafts))
 
     def _padding(self, bucket: Bucket) -> HostBatch:
         blocks = self._shapes.blocks_per_seq
