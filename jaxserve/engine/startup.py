@@ -14,6 +14,7 @@ import jaxserve
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
+from jaxserve.config_speculative import SpeculativeConfig
 from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
@@ -24,8 +25,11 @@ from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
+from jaxserve.scheduler.draft_planner import Drafter
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
+from jaxserve.speculative.drafter import SpeculativeDrafter
+from jaxserve.speculative.ngram import NgramProposer
 from jaxserve.weights.source import cache_dir
 
 
@@ -89,7 +93,9 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     )
     return Started(
         info=info,
-        scheduler=Scheduler(settings, pool, prefix_cache),
+        scheduler=Scheduler(
+            settings, pool, prefix_cache, _drafter(config.speculative.speculative_config, shapes.buckets)
+        ),
         runner=runner,
         guard=guard,
     )
@@ -102,10 +108,31 @@ def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> Sc
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens
         or max(defaults.max_num_batched_tokens, max_num_seqs),
+        max_num_drafts=_max_num_drafts(config.speculative.speculative_config, max_num_seqs),
         max_model_len=max_model_len,
         policy=config.scheduler.scheduling_policy,
         max_queued_requests=config.scheduler.max_queued_requests,
         long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+    )
+
+
+def _max_num_drafts(speculative: SpeculativeConfig | None, max_num_seqs: int) -> int:
+    """One a row where all run, and as many as are allowed for each where few do: at most twice the logits."""
+    return 0 if speculative is None else max(max_num_seqs, speculative.num_speculative_tokens)
+
+
+def _drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Drafter | None:
+    if speculative is None:
+        return None
+    proposer = NgramProposer(
+        min_tokens=speculative.prompt_lookup_min,
+        max_tokens=speculative.prompt_lookup_max,
+    )
+    return SpeculativeDrafter(
+        proposer,
+        max_tokens=speculative.num_speculative_tokens,
+        step_sizes=buckets.token_sizes,
+        is_adaptive=speculative.adaptive,
     )
 
 
@@ -114,7 +141,7 @@ def _buckets(config: Config, settings: SchedulerSettings, numerics: Numerics) ->
     is_slow_alone = numerics.products == "xla_cpu" and jnp.dtype(numerics.weights).itemsize < 4
     return Buckets.plan(
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=min(settings.max_num_samples, settings.max_num_batched_tokens),
         min_tokens=2 if is_slow_alone else 1,
         token_sizes=config.runtime.token_buckets,
     )
