@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from jaxserve.config_values import Settings, parse_object
 
-Method: TypeAlias = Literal["ngram"]
-METHODS: tuple[Method, ...] = ("ngram",)
-# vLLM's, which need a second model or heads of their own.
-_NOT_BUILT = ("draft_model", "eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "ngram_gpu")
+Method: TypeAlias = Literal["ngram", "draft_model"]
+METHODS: tuple[Method, ...] = get_args(Method)
+_NOT_BUILT = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "ngram_gpu")  # vLLM has them
 
 MAX_SPECULATIVE_TOKENS = 32
 
@@ -19,7 +18,12 @@ MAX_SPECULATIVE_TOKENS = 32
 class SpeculativeConfig(Settings):
     """What `--speculative-config` holds."""
 
-    method: Method = Field(description="ngram: what followed the last tokens where they stood before.")
+    method: Method = Field(
+        description="ngram: what followed the last tokens where they stood before; draft_model: a smaller model."
+    )
+    model: str | None = Field(
+        default=None, min_length=1, description="draft_model: where the smaller model is, of the same vocabulary."
+    )
     num_speculative_tokens: int = Field(
         default=5, ge=1, le=MAX_SPECULATIVE_TOKENS, description="Most tokens guessed at once for a request."
     )
@@ -36,9 +40,11 @@ class SpeculativeConfig(Settings):
         if not isinstance(values, dict):
             return values
         values = dict(values)
-        if values.get("model") in METHODS:
+        if values.get("model") == "ngram":
             values.setdefault("method", values.pop("model"))
-        method = values.get("method", "draft_model" if "model" in values else None)
+        if values.get("model") is not None:
+            values.setdefault("method", "draft_model")
+        method = values.get("method")
         if method in _NOT_BUILT:
             raise ValueError(f"must have a method that is built ({', '.join(METHODS)}); {method!r} is not")
         if method not in METHODS:
@@ -46,7 +52,9 @@ class SpeculativeConfig(Settings):
         return values
 
     @model_validator(mode="after")
-    def _check_lookup(self) -> SpeculativeConfig:
+    def _check_together(self) -> SpeculativeConfig:
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ValueError(f"must have a model with method 'draft_model' and with no other; method: {self.method!r}")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"must have prompt_lookup_min ({self.prompt_lookup_min}) at most prompt_lookup_max "

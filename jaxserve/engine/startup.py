@@ -14,10 +14,10 @@ import jaxserve
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
-from jaxserve.config_speculative import SpeculativeConfig
-from jaxserve.engine.assembly import Assembly, OnProgress, Phases
+from jaxserve.engine.assembly import Assembly, ModelParts, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
+from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_draft_models
 from jaxserve.layers.numerics import Numerics
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
@@ -25,11 +25,8 @@ from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
-from jaxserve.scheduler.draft_planner import Drafter
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
-from jaxserve.speculative.drafter import SpeculativeDrafter
-from jaxserve.speculative.ngram import NgramProposer
 from jaxserve.weights.source import cache_dir
 
 
@@ -62,30 +59,27 @@ def start(config: Config, on_progress: OnProgress) -> Started:
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
-        graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
-    spec = graph.kv_cache_spec()
-    buckets = _buckets(config, settings, graph.numerics)
+        model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
+        models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))
     assembly = Assembly(
         config=config,
-        files=files,
-        graph=graph,
+        models=models,
         settings=settings,
-        spec=spec,
-        buckets=buckets,
+        buckets=_buckets(config, settings, model.graph.numerics),
         memory_share=memory_share,
         phases=phases,
     )
-    params, caches, programs, shapes = assembly.assemble()
+    (loaded, *draft_models), shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner = ModelRunner(graph, params, programs, shapes, caches)
-    pool = BlockPool(shapes.num_blocks, spec.block_size)
+    runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
+    pool = BlockPool(shapes.num_blocks, shapes.kv_spec.block_size)
     prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,
         vocab_size=files.decoder.vocab_size,
         num_blocks=shapes.num_blocks,
-        block_size=spec.block_size,
+        block_size=shapes.kv_spec.block_size,
         fingerprint=_fingerprint(config, files),
         eos_token_ids=files.eos_token_ids,
         default_sampling=files.default_sampling,
@@ -94,7 +88,7 @@ def start(config: Config, on_progress: OnProgress) -> Started:
     return Started(
         info=info,
         scheduler=Scheduler(
-            settings, pool, prefix_cache, _drafter(config.speculative.speculative_config, shapes.buckets)
+            settings, pool, prefix_cache, make_drafter(config.speculative.speculative_config, shapes.buckets)
         ),
         runner=runner,
         guard=guard,
@@ -108,31 +102,11 @@ def _settings(config: Config, files: ModelFiles, defaults: DeviceDefaults) -> Sc
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens
         or max(defaults.max_num_batched_tokens, max_num_seqs),
-        max_num_drafts=_max_num_drafts(config.speculative.speculative_config, max_num_seqs),
+        max_num_drafts=max_num_drafts(config.speculative.speculative_config, max_num_seqs),
         max_model_len=max_model_len,
         policy=config.scheduler.scheduling_policy,
         max_queued_requests=config.scheduler.max_queued_requests,
         long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
-    )
-
-
-def _max_num_drafts(speculative: SpeculativeConfig | None, max_num_seqs: int) -> int:
-    """One a row where all run, and as many as are allowed for each where few do: at most twice the logits."""
-    return 0 if speculative is None else max(max_num_seqs, speculative.num_speculative_tokens)
-
-
-def _drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Drafter | None:
-    if speculative is None:
-        return None
-    proposer = NgramProposer(
-        min_tokens=speculative.prompt_lookup_min,
-        max_tokens=speculative.prompt_lookup_max,
-    )
-    return SpeculativeDrafter(
-        proposer,
-        max_tokens=speculative.num_speculative_tokens,
-        step_sizes=buckets.token_sizes,
-        is_adaptive=speculative.adaptive,
     )
 
 

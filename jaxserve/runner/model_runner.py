@@ -8,12 +8,11 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import replicated
-from jaxserve.runner.batch import BatchBuilder, HostBatch, draft_places
-from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.batch import BatchBuilder, HostBatch
+from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
+from jaxserve.runner.programs import LoadedModel, ProgramShapes
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
@@ -50,18 +49,12 @@ class Runner(Protocol):
 class ModelRunner:
     """Owns the parameters, the KV pools and the token table, and the host's memory of each slot."""
 
-    def __init__(
-        self,
-        graph: ModelGraph,
-        params: Params,
-        programs: Programs,
-        shapes: ProgramShapes,
-        caches: list[LayerCache],
-    ) -> None:
-        self._params = params
-        self._head = {name: params[name] for name in graph.head_names()}
-        self._programs = programs
-        self._caches = caches
+    def __init__(self, model: LoadedModel, shapes: ProgramShapes, *, draft_model: LoadedModel | None = None) -> None:
+        graph = model.graph
+        self._params = model.params
+        self._head = {name: model.params[name] for name in graph.head_names()}
+        self._programs = model.programs
+        self._caches = model.caches
         self._tokens = jax.device_put(np.zeros(shapes.tokens_shape, np.int32), replicated(graph.mesh))
         self._slots = SlotTable(
             max_num_seqs=shapes.max_num_seqs,
@@ -72,6 +65,11 @@ class ModelRunner:
             vocab_size=graph.config.vocab_size,
             sharding=replicated(graph.mesh),
         )
+        self._drafts: Drafts = (
+            GivenDrafts(model.programs)
+            if draft_model is None
+            else DraftModel(draft_model, shapes, slots=self._slots, parameters=self._parameters)
+        )
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len = shapes.max_model_len
 
@@ -80,8 +78,7 @@ class ModelRunner:
         self._slots.apply(plan)
         for new in plan.new_slots:
             self._occupy(new)
-        if plan.drafts:
-            self._tokens = self._programs.write_drafts(self._tokens, draft_places(plan))
+        self._tokens, draft_ids = self._drafts.place(plan, self._tokens)
         batch = self._builder.build(plan)
         hidden, rows, self._caches = self._programs.forward(
             self._params, self._caches, self._tokens, batch.bucket, ForwardBatch.from_host(batch)
@@ -94,7 +91,7 @@ class ModelRunner:
         self._tokens, sampled = self._programs.sample(
             self._head, rows, self._tokens, SampleBatch(samples.slots, samples.positions), inputs, variant
         )
-        return _DeviceStep(plan, batch, sampled, prompt_scores, self._asked_logprobs(batch))
+        return _DeviceStep(plan, batch, draft_ids, sampled, prompt_scores, self._asked_logprobs(batch))
 
     def _occupy(self, new: NewSlot) -> None:
         """Upload a new slot's tokens and keep what its request asks of the sampler."""
@@ -166,6 +163,7 @@ class _DeviceStep:
 
     plan: StepPlan
     batch: HostBatch
+    draft_ids: DraftIds
     sampled: SampledTokens
     prompt_scores: list[_PromptScores]
     asked_logprobs: dict[int, int]
@@ -182,10 +180,11 @@ class _DeviceStep:
         token_ids = np.asarray(self.sampled.token_ids).tolist()
         ok = np.asarray(self.sampled.ok).tolist()
         logprobs = _token_logprobs(self.sampled, self.asked_logprobs) if self.asked_logprobs else {}
+        drafts = self.draft_ids.fetch()
         result = StepResult(step_id=self.plan.step_id, token_ids=[[] for _ in range(self.batch.num_rows)])
         for index, row in enumerate(rows):
             new_ids = result.token_ids[row]
-            if row in result.errors or (new_ids and new_ids[-1] != self.plan.drafts[row][len(new_ids) - 1]):
+            if row in result.errors or (new_ids and new_ids[-1] != drafts[row][len(new_ids) - 1]):
                 continue  # drawn behind a draft that did not hold
             if not ok[index]:
                 model_ok = bool(np.asarray(self.sampled.model_ok)[index])

@@ -113,19 +113,22 @@ class Programs:
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
-        """Compile everything, the largest step first."""
+    def compile(
+        self, *, only_draws: bool = False, num_threads: int | None = None, on_compiled: OnCompiled | None = None
+    ) -> None:
+        """Compile everything, the largest step first; with `only_draws` no more than `forward` and `sample`."""
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
                 jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
-        for num_tokens in self._shapes.buckets.token_sizes:
-            jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
-        jobs[("write_slot",)] = self._lower_write_slot
-        if self._shapes.max_num_drafts:
-            jobs[("write_drafts",)] = self._lower_write_drafts
+        if not only_draws:
+            for num_tokens in self._shapes.buckets.token_sizes:
+                jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
+            jobs[("write_slot",)] = self._lower_write_slot
+            if self._shapes.max_num_drafts:
+                jobs[("write_drafts",)] = self._lower_write_drafts
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self) -> int:
@@ -215,6 +218,16 @@ class Programs:
     def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
         params = self._graph.abstract_params()
         return {name: params[name] for name in self._graph.head_names()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run."""
+
+    graph: ModelGraph
+    params: Params
+    programs: Programs
+    caches: list[LayerCache]
 
 
 def _sizes_of(compiled: Compiled) -> Any:

@@ -29,6 +29,10 @@ class Drafter(Protocol):
         """Index of a room -> its drafts, where there are any, `max_drafts` in all; the step has `num_tokens` so far."""
         ...
 
+    def learn(self, request_id: str, *, num_drafts: int, num_accepted: int) -> None:
+        """What became of a row's drafts; unknown ids are passed over."""
+        ...
+
     def observe(self, *, num_tokens: int, has_drafts: bool, duration_s: float) -> None:
         """How long a step took."""
         ...
@@ -44,6 +48,9 @@ class NoDrafter:
     def draft(self, rooms: Sequence[DraftRoom], *, num_tokens: int, max_drafts: int) -> dict[int, list[int]]:
         """Nothing."""
         return {}
+
+    def learn(self, request_id: str, *, num_drafts: int, num_accepted: int) -> None:
+        """Nothing to learn."""
 
     def observe(self, *, num_tokens: int, has_drafts: bool, duration_s: float) -> None:
         """Nothing to learn."""
@@ -103,7 +110,9 @@ class DraftPlanner:
     def settle(self, plan: StepPlan, result: StepResult) -> None:
         """A step's result is there: count what held, and tell the drafter the time."""
         for row, draft_ids in plan.drafts.items():
-            self.counts = self.counts.plus(len(draft_ids), max(0, len(result.token_ids[row]) - 1))
+            num_accepted = max(0, len(result.token_ids[row]) - 1)
+            self.counts = self.counts.plus(len(draft_ids), num_accepted)
+            self._drafter.learn(plan.request_ids[row], num_drafts=len(draft_ids), num_accepted=num_accepted)
         self._num_steps_in_flight -= bool(plan.drafts)
         if result.duration_s is not None:
             self._drafter.observe(

@@ -38,7 +38,8 @@ class StepPlan:
     starts: list[int] = field(default_factory=list)  # tokens computed before this step
     num_tokens: list[int] = field(default_factory=list)  # tokens to compute in this step, at least 1
     samples: list[bool] = field(default_factory=list)  # whether the row reaches its end, and yields new tokens
-    drafts: dict[int, list[int]] = field(default_factory=dict)  # row that samples -> its last tokens, guessed
+    # row that samples -> its last tokens, which are guesses; zeros where the runner is to guess
+    drafts: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:

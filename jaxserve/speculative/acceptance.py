@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jaxserve.speculative.proposer import Proposal
 
 _MEMORY = 0.95  # what a trial leaves of the weight of those before it: about the last 20 count
+_FADE = 0.99  # what is left of a belief that kept a proposal from being tried
 _PRIOR_TRIALS = 2.0  # weight of what is known of all requests, in the estimate for one
 
 
@@ -20,6 +21,11 @@ class Rate:
     def add(self, is_right: bool) -> None:
         self.num_right = self.num_right * _MEMORY + is_right
         self.num_trials = self.num_trials * _MEMORY + 1
+
+    def fade(self) -> None:
+        """Believe it less."""
+        self.num_right *= _FADE
+        self.num_trials *= _FADE
 
     def given(self, prior: float) -> float:
         """The estimate, in (0, 1), where `prior` is what to believe without a trial.
@@ -56,15 +62,14 @@ class RequestAcceptance:
     _strength: int = 0
     _position: int = 0  # of the first of them
     _is_first: bool = True  # whether that is the proposal's first token
+    _unknown: int | None = None  # strength of the last proposal, if its tokens are not known
 
     def follow(self, token_ids: list[int]) -> None:
         """Compare what is watched with what the sequence says by now."""
         said = token_ids[self._position : self._position + len(self._watched)]
         for index, token_id in enumerate(said):
             is_right = token_id == self._watched[index]
-            for rates in (self.everyone, self._own):
-                rate = rates.of_first(self._strength) if self._is_first else rates.later
-                rate.add(is_right)
+            self._add(self._strength, self._is_first, is_right)
             self._is_first = False
             if not is_right:
                 self._watched = []
@@ -74,11 +79,29 @@ class RequestAcceptance:
 
     def watch(self, proposal: Proposal, position: int) -> None:
         """A proposal for the tokens from `position` on; passed over while an earlier one is not settled."""
-        if not self._watched:
+        self._unknown = None if proposal.is_known else proposal.strength
+        if proposal.is_known and not self._watched:
             self._watched = proposal.token_ids.copy()
             self._strength = proposal.strength
             self._position = position
             self._is_first = True
+
+    def judge(self, num_tokens: int, num_right: int) -> None:
+        """The first `num_tokens` of the last proposal were computed; one that nobody knows is settled by that."""
+        if self._unknown is not None:
+            for index in range(min(num_right + 1, num_tokens)):
+                self._add(self._unknown, index == 0, index < num_right)
+
+    def pass_over(self) -> None:
+        """The last proposal was not computed: if nobody knows it, nothing is learnt, and some day it must be tried."""
+        if self._unknown is not None:
+            for rates in (self.everyone, self._own):
+                rates.of_first(self._unknown).fade()
+                rates.later.fade()
+
+    def _add(self, strength: int, is_first: bool, is_right: bool) -> None:
+        for rates in (self.everyone, self._own):
+            (rates.of_first(strength) if is_first else rates.later).add(is_right)
 
     def chances(self, strength: int, num_tokens: int) -> list[float]:
         """For each of a proposal's tokens how likely it is that it and all before it are right."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -51,9 +52,16 @@ class SpeculativeDrafter:
         count = len(ladder)
         if self._is_adaptive:
             count = self._best_count([chance for chance, _ in ladder], len(rooms), num_tokens)
-        owners = [index for _, index in ladder[:count]]
-        lengths = {guess.index: owners.count(guess.index) for guess in guesses}
+        lengths = Counter(index for _, index in ladder[:count])
+        for guess in guesses:
+            if not lengths[guess.index]:
+                self._acceptance[rooms[guess.index].request_id].pass_over()
         return {guess.index: guess.token_ids[: lengths[guess.index]] for guess in guesses if lengths[guess.index]}
+
+    def learn(self, request_id: str, *, num_drafts: int, num_accepted: int) -> None:
+        """See `Drafter.learn`."""
+        if acceptance := self._acceptance.get(request_id):
+            acceptance.judge(num_drafts, num_accepted)
 
     def observe(self, *, num_tokens: int, has_drafts: bool, duration_s: float) -> None:
         """See `Drafter.observe`."""
@@ -75,8 +83,11 @@ class SpeculativeDrafter:
             return None
         acceptance.watch(proposal, len(room.token_ids))
         chances = acceptance.chances(proposal.strength, len(proposal.token_ids))
-        # Tokens that are in flight are guessed too: drafts behind them hold only if those were right.
-        return _Guess(index, proposal.token_ids[room.num_ahead :], chances[room.num_ahead :])
+        num_drafts = len(proposal.token_ids) - room.num_ahead
+        # A known guess starts at the tokens in flight: drafts behind them hold only if it is right about those.
+        chances = chances[room.num_ahead :] if proposal.is_known else chances[:num_drafts]
+        token_ids = proposal.token_ids[room.num_ahead :]
+        return _Guess(index, token_ids, chances)
 
     def _best_count(self, chances: list[float], num_rows: int, num_tokens: int) -> int:
         """How many drafts, likeliest first, make for most tokens a second; 0 where none do."""

@@ -12,6 +12,7 @@ class Proposal:
 
     token_ids: list[int]
     strength: int  # of the proposer's own scale: proposals of one strength turn out right about equally often
+    is_known: bool = True  # False: the tokens are placeholders, the runner makes the guess when it has all before it
 
 
 class Proposer(Protocol):

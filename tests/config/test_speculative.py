@@ -44,16 +44,23 @@ def test_it_comes_out_of_json_as_it_went_in():
     assert config.with_values(port=1).speculative == config.speculative
 
 
+def test_a_model_alone_is_a_draft_model():
+    config = make('{"model": "small"}').speculative.speculative_config
+    assert config == SpeculativeConfig(method="draft_model", model="small")
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
         ('{"method": "ngram", "num_speculative_tokens": 0}', r"num_speculative_tokens must be at least 1, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": 1000}', r"num_speculative_tokens must be at most 32, got 1000"),
         ('{"method": "ngram", "num_speculative_tokens": "4"}', r"num_speculative_tokens must be an integer"),
-        ('{"method": "eagle3", "model": "x"}', r"a method that is built \(ngram\); 'eagle3' is not"),
-        ('{"model": "small"}', r"a method that is built \(ngram\); 'draft_model' is not"),
-        ('{"method": "magic"}', r"must name a method, one of ngram; it is 'magic'"),
-        ("{}", r"must name a method, one of ngram"),
+        ('{"method": "eagle3", "model": "x"}', r"a method that is built \(ngram, draft_model\); 'eagle3' is not"),
+        ('{"method": "draft_model"}', r"must have a model with method 'draft_model' and with no other"),
+        ('{"method": "ngram", "model": "small"}', r"must have a model with method 'draft_model' and with no other"),
+        ('{"method": "draft_model", "model": ""}', r"speculative_config.model must not be empty"),
+        ('{"method": "magic"}', r"must name a method, one of ngram, draft_model; it is 'magic'"),
+        ("{}", r"must name a method, one of ngram, draft_model"),
         ("ngram", r"must be a JSON object"),
         ("3", r"must be a mapping, got 3"),
         ('{"method": "ngram", "k": 3}', r"speculative_config.k must not be given: there is no such setting"),

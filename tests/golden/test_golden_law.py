@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxserve.engine import startup
+from jaxserve.engine import drafting
 from jaxserve.engine.core import EngineCore
 from tests.checkpoints import save_random_llama, transformers_greedy
 from tests.harness import greedy, run, tiny_config, tokens
@@ -81,7 +81,7 @@ def core(
 ) -> Iterator[EngineCore]:
     if request.param.told:
         oracle = Oracle([prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)], vocab_size=320)
-        monkeypatch.setattr(startup, "NgramProposer", lambda **settings: oracle)
+        monkeypatch.setattr(drafting, "NgramProposer", lambda **settings: oracle)
     core = EngineCore(tiny_config(str(checkpoint), **request.param.config))
     yield core
     core.shutdown()

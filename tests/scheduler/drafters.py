@@ -41,6 +41,9 @@ class HalfRight:
                 max_drafts -= count
         return drafts
 
+    def learn(self, request_id: str, *, num_drafts: int, num_accepted: int) -> None:
+        assert 0 <= num_accepted <= num_drafts
+
     def observe(self, *, num_tokens: int, has_drafts: bool, duration_s: float) -> None:
         self.num_steps_seen += 1
 

@@ -6,6 +6,7 @@ import random
 
 from jaxserve.scheduler.draft_planner import DraftRoom
 from jaxserve.speculative.acceptance import Rates, RequestAcceptance
+from jaxserve.speculative.draft_model import DraftModelProposer
 from jaxserve.speculative.drafter import SpeculativeDrafter
 from jaxserve.speculative.proposer import Proposal
 from jaxserve.speculative.step_times import StepTimes
@@ -108,6 +109,34 @@ def test_a_full_batch_gets_none_where_one_row_alone_would():
     rooms = [room(name, token_ids=[9] * 31) for name in names]
     assert unlike.draft(rooms, num_tokens=16, max_drafts=64) == {}
     assert sum(map(len, full.values())) in (0, 16, 48)  # whole steps, never one that is half padding
+
+
+def blind() -> SpeculativeDrafter:
+    drafter = SpeculativeDrafter(DraftModelProposer(), max_tokens=4, step_sizes=SIZES, is_adaptive=True)
+    measure(drafter, {size: 0.01 + 0.001 * size for size in SIZES})
+    return drafter
+
+
+def test_of_a_draft_model_the_results_are_learnt_and_a_bad_one_is_tried_again_some_day():
+    drafter = blind()
+    for _ in range(20):
+        drafter.draft([room("a")], num_tokens=1, max_drafts=8)
+        drafter.learn("a", num_drafts=4, num_accepted=0)
+    waited = 0
+    while not drafter.draft([room("a")], num_tokens=1, max_drafts=8):
+        waited += 1
+    assert 20 < waited < 500
+    for _ in range(20):
+        drafter.draft([room("a")], num_tokens=1, max_drafts=8)
+        drafter.learn("a", num_drafts=4, num_accepted=4)
+    assert drafter.draft([room("a")], num_tokens=1, max_drafts=8)
+    drafter.learn("unknown", num_drafts=4, num_accepted=4)
+
+
+def test_a_draft_model_sees_the_tokens_in_flight_and_need_not_guess_them():
+    rooms = [[room("a", num_ahead=num_ahead)] for num_ahead in (0, 1)]
+    known, in_flight = (blind().draft(each, num_tokens=1, max_drafts=8) for each in rooms)
+    assert known == in_flight == {0: [0, 0, 0]}  # a step of four tokens
 
 
 def test_one_bad_measurement_does_not_stay():

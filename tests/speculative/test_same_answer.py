@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxserve.engine import startup
+from jaxserve.engine import drafting
 from jaxserve.engine.core import EngineCore
 from jaxserve.outputs import FinishReason
 from jaxserve.sampling_params import SamplingParams
@@ -52,7 +52,7 @@ def speculative(checkpoint: Path) -> Iterator[Callable[[list[list[int]]], Engine
     """An engine that is told the answers before each run."""
     oracle = Oracle([], vocab_size=TINY["vocab_size"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(startup, "NgramProposer", lambda **settings: oracle)
+        patch.setattr(drafting, "NgramProposer", lambda **settings: oracle)
         core = EngineCore(tiny_config(str(checkpoint), **SPECULATIVE))
 
     def told(sequences: list[list[int]]) -> EngineCore:
@@ -143,7 +143,7 @@ def test_greedy_answers_are_the_same_however_the_engine_runs(plain, checkpoint, 
     params = [greedy(NUM_TOKENS), greedy(NUM_TOKENS), *(greedy(NUM_TOKENS, frequency_penalty=0.3) for _ in range(3))]
     wanted = [tokens(deltas) for deltas in answers(plain, params, "ways")]
     oracle = Oracle([prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)], vocab_size=320)
-    monkeypatch.setattr(startup, "NgramProposer", lambda **settings: oracle)
+    monkeypatch.setattr(drafting, "NgramProposer", lambda **settings: oracle)
     core = EngineCore(tiny_config(str(checkpoint), **(SPECULATIVE | changes)))
     for _ in range(2):  # the second time, where there is one, from the prefix cache
         assert [tokens(deltas) for deltas in answers(core, params, "ways")] == wanted
