@@ -94,7 +94,7 @@ class SpeculativeDrafter:
         times = self._times
         plain_s = times.plain(times.size_of(num_tokens))
         if plain_s is None:
-            return len(chances)  # nothing is known yet
+            return 0  # the step is plain, and shows what such a step takes
         gains = [0.0, *accumulate(chances)]
         best_rate, best_count = _MARGIN * num_rows / plain_s, 0
         for size in times.sizes:
@@ -105,6 +105,5 @@ class SpeculativeDrafter:
                     best_rate, best_count = rate, count
                 if count == len(chances):
                     break
-        if not best_count:
-            times.fade()
+        times.fade(has_drafts=not best_count)
         return best_count

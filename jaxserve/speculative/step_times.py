@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 _WEIGHT = 0.3  # of a new measurement
-_FADE = 0.998  # a step: what is not measured again is believed less and less, so that one bad measurement does not stay
+_FADE = 0.998  # a step: what is not measured is believed to take less and less, so that no bad measurement stays
 
 
 class StepTimes:
@@ -30,10 +30,10 @@ class StepTimes:
         last_s = self._times_s.get(key, duration_s)
         self._times_s[key] = last_s + _WEIGHT * (min(duration_s, 2 * last_s) - last_s)
 
-    def fade(self) -> None:
-        """Drafts were left out because of their time."""
+    def fade(self, *, has_drafts: bool) -> None:
+        """Steps of this kind are not being measured, for the other kind was chosen."""
         for key in self._times_s:
-            if key[1]:
+            if key[1] == has_drafts:
                 self._times_s[key] *= _FADE
 
     def plain(self, size: int) -> float | None:

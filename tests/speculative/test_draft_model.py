@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from jaxserve.engine import assembly
 from jaxserve.engine.core import EngineCore
 from jaxserve.errors import ConfigError
+from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
 from tests.checkpoints import save_random_llama
 from tests.harness import greedy, run, tiny_config, tokens
@@ -103,6 +105,17 @@ def test_a_pool_of_so_many_bytes_is_shared_between_both(folders) -> None:
     assert both.info.num_blocks == alone.info.num_blocks // 2
     for core in (alone, both):
         core.shutdown()
+
+
+def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, wanted, monkeypatch) -> None:
+    def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
+        return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
+
+    monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, num_useful: None)
+    monkeypatch.setattr(DeviceMemory, "read", read)
+    core = drafting(folders, "itself", num_gpu_blocks_override=None, max_num_seqs=64)
+    assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 8 * 4)
+    assert check(core, wanted) > 0.99
 
 
 def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -> None:

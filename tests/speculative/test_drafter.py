@@ -57,8 +57,23 @@ FLAT = dict.fromkeys(SIZES, 0.01)
 LINEAR = {size: 0.01 * size for size in SIZES}
 
 
-def test_unmeasured_everything_is_tried():
-    assert make().draft([room("a")], num_tokens=1, max_drafts=8) == {0: [1, 2, 3, 4]}
+def test_unmeasured_a_plain_step_comes_first_and_then_everything_is_tried():
+    drafter = make()
+    for _ in range(2):
+        assert drafter.draft([room("a")], num_tokens=1, max_drafts=8) == {}
+        drafter.observe(num_tokens=1, has_drafts=False, duration_s=0.01)
+    assert drafter.draft([room("a")], num_tokens=1, max_drafts=8) == {0: [1, 2, 3, 4]}
+
+
+def test_where_drafts_always_pay_a_plain_step_is_measured_now_and_then():
+    drafter = make()
+    measure(drafter, FLAT)
+    num_plain = 0
+    for _ in range(2000):
+        has_drafts = bool(drafter.draft([room("a")], num_tokens=1, max_drafts=8))
+        drafter.observe(num_tokens=5 if has_drafts else 1, has_drafts=has_drafts, duration_s=0.01)
+        num_plain += not has_drafts
+    assert 1 <= num_plain < 40
 
 
 def test_limits_of_the_row_and_of_the_step_hold():
@@ -70,7 +85,8 @@ def test_limits_of_the_row_and_of_the_step_hold():
 
 
 def test_tokens_in_flight_are_guessed_and_passed_over():
-    assert make().draft([room("a", num_ahead=1)], num_tokens=1, max_drafts=8) == {0: [2, 3, 4, 5]}
+    drafter = make(is_adaptive=False)
+    assert drafter.draft([room("a", num_ahead=1)], num_tokens=1, max_drafts=8) == {0: [2, 3, 4, 5]}
 
 
 def test_where_a_larger_step_costs_nothing_even_bad_guesses_are_tried_and_where_it_costs_all_not_even_good_ones():
