@@ -31,11 +31,23 @@ def test_it_may_be_json_a_mapping_or_vllms_older_spelling(value):
     assert config == SpeculativeConfig(method="ngram", num_speculative_tokens=3, prompt_lookup_max=4)
 
 
-def test_a_launch_file_holds_it_as_a_mapping(tmp_path: Path):
+@pytest.mark.parametrize("name", ["speculative_config", "speculative-config", "speculative"])
+def test_a_launch_file_holds_it_as_a_mapping(tmp_path: Path, name: str):
     path = tmp_path / "launch.yaml"
-    path.write_text("model: m\nspeculative_config:\n  method: ngram\n  num_speculative_tokens: 7\n")
+    path.write_text(f"model: m\n{name}:\n  method: ngram\n  num_speculative_tokens: 7\n")
     config = load_config(path, environ={}).speculative.speculative_config
     assert config is not None and config.num_speculative_tokens == 7
+
+
+def test_a_launch_file_may_hold_it_in_its_section_and_names_the_line_of_what_is_wrong(tmp_path: Path):
+    path = tmp_path / "launch.yaml"
+    path.write_text("model: m\nspeculative:\n  speculative_config: {method: ngram}\n")
+    assert load_config(path, environ={}).speculative.speculative_config is not None
+    path.write_text("model: m\nspeculative:\n  method: ngram\n  num_speculative_tokens: 0\n")
+    with pytest.raises(
+        ConfigError, match=r"launch.yaml:2: .*num_speculative_tokens must be at least 1"
+    ):
+        load_config(path, environ={})
 
 
 def test_it_comes_out_of_json_as_it_went_in():
