@@ -44,9 +44,7 @@ def test_a_launch_file_may_hold_it_in_its_section_and_names_the_line_of_what_is_
     path.write_text("model: m\nspeculative:\n  speculative_config: {method: ngram}\n")
     assert load_config(path, environ={}).speculative.speculative_config is not None
     path.write_text("model: m\nspeculative:\n  method: ngram\n  num_speculative_tokens: 0\n")
-    with pytest.raises(
-        ConfigError, match=r"launch.yaml:2: .*num_speculative_tokens must be at least 1"
-    ):
+    with pytest.raises(ConfigError, match=r"launch.yaml:2: .*num_speculative_tokens must be at least 1"):
         load_config(path, environ={})
 
 
