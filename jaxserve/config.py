@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from jaxserve.config_file import read_launch_file, unknown_setting
-from jaxserve.config_values import as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
+from jaxserve.config_speculative import SpeculativeSettings
+from jaxserve.config_values import Settings, as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
 from jaxserve.errors import ConfigError
 
 API_KEY_VARIABLE = "JAXSERVE_API_KEY"
@@ -24,13 +25,7 @@ Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers, json_schem
 JsonObject = Annotated[dict[str, Any], BeforeValidator(parse_object, json_schema_input_type=str | dict[str, Any])]
 
 
-class _Settings(BaseModel):
-    """Frozen, strict (a quoted "8" is no integer), and without room for misspelt names."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class ModelSettings(_Settings):
+class ModelSettings(Settings):
     """Which model, and how its files are read."""
 
     model: str = Field(min_length=1, description="Folder, .gguf file, hub id, or package:name/file of the model.")
@@ -63,7 +58,7 @@ class ModelSettings(_Settings):
         return self.served_model_name or (self.model,)
 
 
-class CacheSettings(_Settings):
+class CacheSettings(Settings):
     """The KV pool."""
 
     block_size: int | None = Field(
@@ -81,7 +76,7 @@ class CacheSettings(_Settings):
     enable_prefix_caching: bool = Field(default=True, description="Share the blocks of equal prompt beginnings.")
 
 
-class SchedulerSettings(_Settings):
+class SchedulerSettings(Settings):
     """Who runs when."""
 
     max_num_batched_tokens: int | None = Field(
@@ -98,14 +93,14 @@ class SchedulerSettings(_Settings):
     )
 
 
-class ParallelSettings(_Settings):
+class ParallelSettings(Settings):
     """How the model is spread over devices."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share every layer.")
     data_parallel_size: int = Field(default=1, ge=1, description="Copies of the model, each with its own requests.")
 
 
-class RuntimeSettings(_Settings):
+class RuntimeSettings(Settings):
     """Devices, kernels and compilation."""
 
     device: Literal["auto", "cpu", "cuda", "tpu"] = Field(default="auto", description="Where the model runs.")
@@ -123,7 +118,7 @@ class RuntimeSettings(_Settings):
     )
 
 
-class ServerSettings(_Settings):
+class ServerSettings(Settings):
     """The HTTP server."""
 
     host: str = Field(
@@ -150,12 +145,13 @@ class ServerSettings(_Settings):
     max_num_engine_restarts: int = Field(default=3, ge=0, description="Times a dead engine is started again.")
 
 
-class Config(_Settings):
+class Config(Settings):
     """The whole tree. `load_config` makes one; an instance is always checked, and never changes."""
 
     model: ModelSettings
     cache: CacheSettings = CacheSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
+    speculative: SpeculativeSettings = SpeculativeSettings()
     parallel: ParallelSettings = ParallelSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     server: ServerSettings = ServerSettings()
@@ -167,7 +163,7 @@ class Config(_Settings):
         _check_cache(self.cache)
         _check_steps(self)
         _check_runtime(self.runtime)
-        if any(not key.strip() for key in self.server.api_key):
+        if not all(key.strip() for key in self.server.api_key):
             raise ConfigError("api_key must not be empty: leave it out to serve without a key")
         return self
 

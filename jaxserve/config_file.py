@@ -51,7 +51,10 @@ def _entries(loader: yaml.SafeLoader, root: yaml.Node, path: Path, sections: Sec
     section_of = {name: section for section, names in sections.items() for name in names}
     for key, value in root.value:
         name = _name(loader, key, path)
-        if name in sections and isinstance(value, yaml.MappingNode):
+        whole = f"{name}_config"  # the setting that is a section by itself, if there is one
+        if whole in sections.get(name, ()) and isinstance(value, yaml.MappingNode) and not _names(value, whole):
+            yield Entry(whole, loader.construct_object(value, deep=True), _place(path, key))
+        elif name in sections and isinstance(value, yaml.MappingNode):
             yield from _section_entries(loader, name, value, path, section_of)
         elif name in section_of:
             yield Entry(name, loader.construct_object(value, deep=True), _place(path, key))
@@ -73,6 +76,11 @@ def _section_entries(
         if section_of[name] != section:
             raise ConfigError(f"{_place(path, key)}: {name!r} belongs to section {section_of[name]!r}, not {section!r}")
         yield Entry(name, loader.construct_object(value, deep=True), _place(path, key))
+
+
+def _names(node: yaml.MappingNode, setting: str) -> bool:
+    """Whether one of a mapping's keys is this setting."""
+    return any(str(key.value).replace("-", "_") == setting for key, _ in node.value)
 
 
 def _name(loader: yaml.SafeLoader, key: yaml.Node, path: Path) -> str:

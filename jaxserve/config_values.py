@@ -1,4 +1,4 @@
-"""How single settings are written as text, and the one line that says what is wrong with one."""
+"""What settings have in common, how single ones are written, and the one line that says what is wrong with one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 _BYTE_UNITS = {"": 1, "B": 1}
 _BYTE_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
 _BYTE_UNITS |= {f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", start=1)}
+
+
+class Settings(BaseModel):
+    """Frozen, strict (a quoted "8" is no integer), and without room for misspelt names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 def parse_bytes(value: object) -> object:
@@ -62,13 +68,14 @@ def describe_errors(error: ValidationError, places: Mapping[str, str], names: Co
 
 
 def _describe(problem: dict[str, Any], places: Mapping[str, str], names: Collection[str]) -> str:
-    path = [str(part) for part in problem["loc"]]
-    name = next((part for part in reversed(path) if part in names), ".".join(path))
+    path = [str(part) for part in problem["loc"]]  # section, setting, and what is inside one that is an object
+    name = next((part for part in path[1:] if part in names), ".".join(path))
     place = f"{places[name]}: " if name in places else ""
     if problem["type"] == "missing":
         return f"{name} is missing: give it in the launch file or as a flag"
+    shown = ".".join([name, *(part for part in path[2:] if part.isidentifier())])
     given = "" if name == "api_key" else f", got {_shown(problem['input'])}"
-    return f"{place}{name} must {_wanted(problem)}{given}"
+    return f"{place}{shown} must {_wanted(problem)}{given}"
 
 
 def _wanted(problem: dict[str, Any]) -> str:
@@ -85,6 +92,8 @@ _WANTED = {
     "string_type": "be text",
     "tuple_type": "be a list",
     "dict_type": "be a mapping",
+    "model_type": "be a mapping",
+    "extra_forbidden": "not be given: there is no such setting",
     "string_too_short": "not be empty",
     "string_pattern_mismatch": "match {pattern}",
     "greater_than": "be greater than {gt}",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.core_facts import CoreInfo, DraftCounts, EngineStats
 from jaxserve.outputs import FinishReason, TokenDelta
 from jaxserve.sampling_params import SamplingParams
 
@@ -55,6 +56,7 @@ class ServerMetrics:
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._preemptions = self._counter("num_preemptions", "Requests preempted to free blocks.")
         self._steps = self._counter("engine_steps", "Steps the engine ran.")
+        self._drafts = _DraftCounters(self._counter, prefix, self._labels, self._registry)
         self._late_compiles = self._counter("compiles_after_ready", "Compilations while serving; should stay 0.")
         self._engine_restarts = self._counter("engine_restarts", "Times the engine process was started again.")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that began to answer.")
@@ -132,6 +134,7 @@ class ServerMetrics:
         self._preemptions.inc(max(0, stats.num_preemptions - last.num_preemptions))
         self._steps.inc(max(0, stats.num_steps - last.num_steps))
         self._late_compiles.inc(max(0, stats.num_compiles_after_ready - last.num_compiles_after_ready))
+        self._drafts.add(stats.drafts, last.drafts)
         self._last_stats = stats
 
     def engine_died(self, *, is_restarting: bool) -> None:
@@ -160,6 +163,35 @@ class ServerMetrics:
             self._prefix + name, text, list(self._labels), buckets=tuple(buckets), registry=self._registry
         )
         return family.labels(**self._labels)
+
+
+class _DraftCounters:
+    """Speculative decoding in numbers."""
+
+    def __init__(
+        self,
+        counter: Callable[[str, str], Counter],
+        prefix: str,
+        labels: dict[str, str],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._labels = labels
+        self._num_drafts = counter("spec_decode_num_drafts", "Times a sequence had draft tokens in a step.")
+        self._num_draft_tokens = counter("spec_decode_num_draft_tokens", "Draft tokens computed.")
+        self._num_accepted = counter("spec_decode_num_accepted_tokens", "Draft tokens accepted.")
+        self._num_accepted_at = Counter(
+            f"{prefix}spec_decode_num_accepted_tokens_per_pos", "Draft tokens accepted, by place among the drafts.",
+            [*labels, "position"], registry=registry,
+        )  # fmt: skip
+
+    def add(self, now: DraftCounts, last: DraftCounts) -> None:
+        """Take over what the counts grew by."""
+        self._num_drafts.inc(max(0, now.num_drafts - last.num_drafts))
+        self._num_draft_tokens.inc(max(0, now.num_draft_tokens - last.num_draft_tokens))
+        self._num_accepted.inc(max(0, now.num_accepted_tokens - last.num_accepted_tokens))
+        pairs = zip_longest(now.accepted_per_position, last.accepted_per_position, fillvalue=0)
+        for position, (count, last_count) in enumerate(pairs):
+            self._num_accepted_at.labels(**self._labels, position=str(position)).inc(max(0, count - last_count))
 
 
 @dataclass(slots=True, kw_only=True)

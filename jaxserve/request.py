@@ -37,8 +37,8 @@ class Request:
     """A sequence being generated. Owned and written by the scheduler alone.
 
     # token_ids            | prompt .......... | generated ..... |
-    # num_computed_tokens  | K/V written or dispatched ..... |
-    # num_in_flight        tokens sampled on the device that the host has not seen yet, 2 at most
+    # num_computed_tokens  | K/V written or dispatched, without drafts ..... |
+    # num_in_flight        tokens sampled on the device that the host has not seen yet, 2 at most; drafts do not count
     """
 
     request_id: str

@@ -58,7 +58,7 @@ class InstantRunner:
         self.slots.apply(plan)
         self.builder.build(plan)
         self.build_s.append(time.perf_counter() - begin_s)
-        token_ids = [TOKEN_ID if samples else 0 for samples in plan.samples]
+        token_ids = [[TOKEN_ID] if samples else [] for samples in plan.samples]
         return _InstantStep(StepResult(step_id=plan.step_id, token_ids=token_ids))
 
 

@@ -43,12 +43,13 @@ class KVCacheSpec:
     dtype: DTypeLike
     implementation: Implementation = "xla"
     num_shards: int = 1  # devices that the KV heads are split over
+    beside_bytes: int = 0  # that another model's K and V take under the same block id, on all devices together
 
     @property
     def block_bytes(self) -> int:
-        """Bytes that one block takes over all layers, K and V, on all devices of its data shard together."""
+        """Bytes of one block, K and V of all layers and what lies beside, on all devices of its data shard together."""
         values = 2 * math.prod(self.layer_shape(1))  # with whatever the layout pads
-        return self.num_layers * values * jnp.dtype(self.dtype).itemsize
+        return self.num_layers * values * jnp.dtype(self.dtype).itemsize + self.beside_bytes
 
     def num_blocks_in(self, num_bytes: int) -> int:
         """Blocks that fit `num_bytes`; `ConfigError` if that is not even one to use."""

@@ -127,6 +127,29 @@ def serve(
     report.finish(["concurrency"], json_path)
 
 
+@app.command("speculative")
+@takes_config
+def speculative(
+    launch: Launch,
+    batch_sizes: Annotated[str, typer.Option("--batch-size", help="Requests at once: 8, or several: 1,8.")] = "1,4,16",
+    num_iters: Annotated[int, typer.Option("--num-iters", min=1, help="Answers to each conversation.")] = 3,
+    output_len: Annotated[int, typer.Option("--output-len", min=1, help="Tokens to generate.")] = 64,
+    json_path: Json = None,
+) -> None:
+    """Answer with and without drafts, side by side: texts that repeat their prompt, edits of it, and free ones."""
+    from jaxserve.bench.speculative import COLUMNS, measure_speculative
+
+    config = launch.load()
+    report = measure_speculative(
+        config,
+        batch_sizes=_integers(batch_sizes, "--batch-size"),
+        output_len=output_len,
+        num_iters=num_iters,
+        on_progress=_start_display(config.server.log_level),
+    )
+    report.finish(COLUMNS, json_path)
+
+
 @app.command("step")
 def step(
     num_running: Annotated[int, typer.Option("--num-running", min=1, help="Requests in every step.")] = 256,

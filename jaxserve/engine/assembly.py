@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 from jax.sharding import Mesh
@@ -26,7 +26,7 @@ from jaxserve.runner.memory import (
     num_useful_blocks,
 )
 from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.progress import loading_progress
 
@@ -48,28 +48,43 @@ class Phases:
         self.tell(f"{name} {self.seconds[name]:.1f} s")
 
 
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """A model as it is before anything is loaded."""
+
+    files: ModelFiles
+    graph: ModelGraph
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """Brings weights, pools and programs together."""
+    """Brings weights, pools and programs together: of the model, and of one that drafts for it, if there is one.
+
+    Their pools have the same blocks, so a block takes the bytes of both.
+    """
 
     config: Config
     mesh: Mesh
-    files: ModelFiles
-    graph: ModelGraph
+    models: tuple[ModelParts, ...]  # the one that answers first; all on that mesh
     settings: SchedulerSettings
-    spec: KVCacheSpec
     buckets: Buckets
     memory_share: float  # the part of a device's own limit that the engine may take
     phases: Phases
 
-    def assemble(self) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+    @property
+    def spec(self) -> KVCacheSpec:
+        """The cache of the model that answers, which counts the others' bytes."""
+        first, *others = (model.graph.kv_cache_spec() for model in self.models)
+        return replace(first, beside_bytes=sum(other.block_bytes for other in others))
+
+    def assemble(self) -> tuple[list[LoadedModel], ProgramShapes]:
         """Side by side where the pool's size is known beforehand, else one after the other."""
         useful = num_useful_blocks(
             self.spec, max_num_seqs=self.settings.max_num_seqs, max_model_len=self.settings.max_model_len
         )
         num_blocks = blocks_from_budget(self.config.cache, self.spec)
-        if num_blocks is None and platform_of(self.graph.mesh) == "cpu":
-            num_blocks = blocks_on_cpu(self.spec, num_useful=useful, num_pools=self.graph.mesh.shape[DATA])
+        if num_blocks is None and platform_of(self.mesh) == "cpu":
+            num_blocks = blocks_on_cpu(self.spec, num_useful=useful, num_pools=self.mesh.shape[DATA])
         if num_blocks is None:
             return self._one_after_the_other(useful)
         shapes = self._fitting(num_blocks)
@@ -77,14 +92,15 @@ class Assembly:
             lambda given_up: (self._load(given_up), self._allocate(num_blocks)),
             lambda given_up: self._compile(shapes, given_up),
         )
-        return *loaded, programs, shapes
+        return self._together(*loaded, programs), shapes
 
-    def _one_after_the_other(self, useful: int) -> tuple[Params, list[LayerCache], Programs, ProgramShapes]:
+    def _one_after_the_other(self, useful: int) -> tuple[list[LoadedModel], ProgramShapes]:
         given_up = GivenUp()  # never, where nothing runs beside
         params = self._load(given_up)
         with self.phases.phase("profile"):
             trial = self.settings.max_num_batched_tokens // self.spec.block_size + 2
-            step_bytes = Programs(self.graph, self._shapes(trial, self.settings.max_model_len)).step_bytes()
+            shapes = self._shapes(trial, self.settings.max_model_len)
+            step_bytes = sum(programs.step_bytes() for programs in self._programs(shapes))
             jax.block_until_ready(params)
             device = self.mesh.devices.flat[0]
             memory = DeviceMemory.read(device, share=self.memory_share, step_bytes=step_bytes)
@@ -92,7 +108,7 @@ class Assembly:
         shapes = self._fitting(num_blocks)
         # Compiled before the pool takes the memory that kernels are tried out on.
         programs = self._compile(shapes, given_up)
-        return params, self._allocate(num_blocks), programs, shapes
+        return self._together(params, self._allocate(num_blocks), programs), shapes
 
     def _fitting(self, num_blocks: int) -> ProgramShapes:
         asked = self.config.model.max_model_len
@@ -104,29 +120,44 @@ class Assembly:
             kv_spec=self.spec,
             num_blocks=num_blocks,
             max_num_seqs=self.settings.max_num_seqs,
+            max_num_drafts=self.settings.max_num_drafts,
             max_model_len=max_model_len,
         )
 
-    def _load(self, given_up: GivenUp) -> Params:
+    def _together(
+        self, params: list[Params], caches: list[list[LayerCache]], programs: list[Programs]
+    ) -> list[LoadedModel]:
+        graphs = [model.graph for model in self.models]
+        return [
+            LoadedModel(graph=graph, params=values, caches=pools, programs=compiled)
+            for graph, values, pools, compiled in zip(graphs, params, caches, programs, strict=True)
+        ]
+
+    def _programs(self, shapes: ProgramShapes) -> list[Programs]:
+        return [Programs(model.graph, replace(shapes, kv_spec=model.graph.kv_cache_spec())) for model in self.models]
+
+    def _load(self, given_up: GivenUp) -> list[Params]:
         with self.phases.phase("load"), loading_progress() as show:
 
             def on_loaded(name: str, done: int, total: int) -> None:
                 given_up.check()
                 show(name, done, total)
 
-            return load_weights(self.files, self.graph, on_loaded)
+            return [load_weights(model.files, model.graph, on_loaded) for model in self.models]
 
-    def _allocate(self, num_blocks: int) -> list[LayerCache]:
+    def _allocate(self, num_blocks: int) -> list[list[LayerCache]]:
         with self.phases.phase("allocate"):
-            return jax.block_until_ready(self.spec.allocate(num_blocks, self.mesh))
+            specs = [model.graph.kv_cache_spec() for model in self.models]
+            return jax.block_until_ready([spec.allocate(num_blocks, self.mesh) for spec in specs])
 
-    def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> Programs:
+    def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> list[Programs]:
         def on_compiled(done: int, total: int) -> None:
             given_up.check()
             self.phases.tell(f"compile {done} of {total}")
 
-        programs = Programs(self.graph, shapes)
+        all_programs = self._programs(shapes)
         num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
         with self.phases.phase("compile"):
-            programs.compile(num_threads=num_threads, on_compiled=on_compiled)
-        return programs
+            for index, programs in enumerate(all_programs):
+                programs.compile(only_draws=index > 0, num_threads=num_threads, on_compiled=on_compiled)
+        return all_programs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,8 @@ class EngineCore:
         self._runner: Runner = started.runner
         self._guard = started.guard
         self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight
-        self._in_flight: list[tuple[StepPlan, PendingStep]] = []
+        self._in_flight: list[tuple[StepPlan, PendingStep, float]] = []  # with the time its planning began
+        self._last_result_s = 0.0  # time.perf_counter() of the last result
         self._fault: str | None = None  # what broke the core
 
     @property
@@ -62,9 +64,10 @@ class EngineCore:
         self._check_whole()
         with self._guard.watch():
             with self._breaks_on(BaseException):
+                begin_s = time.perf_counter()
                 plan = self._scheduler.schedule()
                 if plan is not None:
-                    self._in_flight.append((plan, self._runner.dispatch(plan)))
+                    self._in_flight.append((plan, self._runner.dispatch(plan), begin_s))
                 elif not self._in_flight and self._scheduler.has_unfinished:
                     raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
             if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
@@ -72,7 +75,9 @@ class EngineCore:
             with self._breaks_on(Exception):
                 result = self._in_flight[0][1].result()
             with self._breaks_on(BaseException):
-                done, _ = self._in_flight.pop(0)
+                done, _, begin_s = self._in_flight.pop(0)
+                begin_s, self._last_result_s = max(begin_s, self._last_result_s), time.perf_counter()
+                result.duration_s = self._last_result_s - begin_s
                 deltas = self._scheduler.update(done, result)
                 if not self.has_unfinished:
                     self._scheduler.check_integrity()  # idle from here on: the check delays nobody
@@ -90,6 +95,7 @@ class EngineCore:
             num_preemptions=now.num_preemptions,
             num_steps=now.num_steps,
             num_computed_tokens=now.num_computed_tokens,
+            drafts=now.drafts,
             num_compiles_after_ready=self._guard.num_compiles,
         )
 
@@ -103,7 +109,7 @@ class EngineCore:
         self._guard.disarm()
         in_flight, self._in_flight = self._in_flight, []
         if self._fault is None:
-            for _, pending in in_flight:
+            for _, pending, _ in in_flight:
                 pending.result()
 
     def _check_whole(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from jaxserve.scheduler.settings import DraftCounts
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CoreInfo:
@@ -31,4 +33,5 @@ class EngineStats:
     num_preemptions: int = 0  # counter
     num_steps: int = 0  # counter
     num_computed_tokens: int = 0  # counter: tokens that steps computed, prompt and generated
+    drafts: DraftCounts = DraftCounts()
     num_compiles_after_ready: int = 0  # counter; anything but 0 is a defect

@@ -14,9 +14,10 @@ import jaxserve
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
-from jaxserve.engine.assembly import Assembly, OnProgress, Phases
+from jaxserve.engine.assembly import Assembly, ModelParts, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
+from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_draft_models
 from jaxserve.layers.numerics import Numerics
 from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.runner.buckets import Buckets
@@ -61,29 +62,26 @@ def start(config: Config, on_progress: OnProgress) -> Started:
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
-        graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
-    spec = graph.kv_cache_spec()
-    buckets = step_buckets(config, settings, graph.numerics)
+        model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
+        models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))
     assembly = Assembly(
         config=config,
         mesh=mesh,
-        files=files,
-        graph=graph,
+        models=models,
         settings=settings,
-        spec=spec,
-        buckets=buckets,
+        buckets=step_buckets(config, settings, model.graph.numerics),
         memory_share=memory_share,
         phases=phases,
     )
-    params, caches, programs, shapes = assembly.assemble()
+    (loaded, *draft_models), shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner = ModelRunner(graph, params, programs, shapes, caches)
+    runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,
         vocab_size=files.decoder.vocab_size,
         num_blocks=shapes.num_blocks * parallel.data_parallel_size,
-        block_size=spec.block_size,
+        block_size=shapes.kv_spec.block_size,
         fingerprint=_fingerprint(config, files),
         eos_token_ids=files.eos_token_ids,
         default_sampling=files.default_sampling,
@@ -104,7 +102,8 @@ def _scheduler(config: Config, settings: SchedulerSettings, shapes: ProgramShape
         pool = BlockPool(shapes.num_blocks, shapes.kv_spec.block_size)
         prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
         first_slot = shard * shapes.tokens_shape[0] + 1
-        schedulers.append(Scheduler(replace(settings, first_slot=first_slot), pool, prefix_cache))
+        drafter = make_drafter(config.speculative.speculative_config, shapes.buckets)
+        schedulers.append(Scheduler(replace(settings, first_slot=first_slot), pool, prefix_cache, drafter))
     if len(schedulers) == 1:
         return schedulers[0]
     return DataParallelScheduler(schedulers, max_queued_requests=settings.max_queued_requests)
@@ -118,6 +117,7 @@ def scheduler_settings(config: Config, files: ModelFiles, defaults: DeviceDefaul
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens
         or max(defaults.max_num_batched_tokens, max_num_seqs),
+        max_num_drafts=max_num_drafts(config.speculative.speculative_config, max_num_seqs),
         max_model_len=max_model_len,
         policy=config.scheduler.scheduling_policy,
         max_queued_requests=config.scheduler.max_queued_requests,
@@ -131,7 +131,7 @@ def step_buckets(config: Config, settings: SchedulerSettings, numerics: Numerics
     is_slow_alone = numerics.products == "xla_cpu" and jnp.dtype(numerics.weights).itemsize < 4
     return Buckets.plan(
         max_num_batched_tokens=settings.max_num_batched_tokens,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=min(settings.max_num_samples, settings.max_num_batched_tokens),
         min_tokens=2 if is_slow_alone else 1,
         token_sizes=config.runtime.token_buckets,
     )

@@ -44,6 +44,12 @@ class Deployment:
         asked = _PLATFORM_OF_DEVICE.get(config.runtime.device, platform)
         if asked != platform:
             raise ConfigError(f"the config's device is {config.runtime.device!r}, --devices {devices} is a {platform}")
+        speculative = config.speculative.speculative_config
+        if speculative is not None and speculative.model is not None:
+            raise ConfigError(
+                f"a plan does not count a draft model ({speculative.model!r}); plan without speculative_config, or "
+                'with the method "ngram"'
+            )
         parallel = config.parallel
         mesh = mesh or devices.abstract_mesh(tensor=parallel.tensor_parallel_size, data=parallel.data_parallel_size)
         files = planned_model(config.model, platform)
@@ -83,6 +89,7 @@ class Deployment:
             kv_spec=self.spec,
             num_blocks=num_blocks,
             max_num_seqs=self.settings.max_num_seqs,
+            max_num_drafts=self.settings.max_num_drafts,
             max_model_len=max_model_len,
         )
 

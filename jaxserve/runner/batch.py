@@ -27,43 +27,55 @@ class HostBatch:
     positions: np.ndarray  # i32[tokens]
     kv_slots: np.ndarray  # i32[tokens], in block 0 past the end
     metadata: AttentionMetadata  # NumPy leaves
-    last_tokens: np.ndarray  # i32[rows], index of each row's last token in the batch
-    sample_slots: np.ndarray  # i32[rows], the row's slot, or 0 where it does not sample
-    row_slots: np.ndarray  # i32[rows], the row's slot
+    row_slots: np.ndarray  # i32[num_rows], the row's slot
     starts: np.ndarray  # i32[num_rows]
     num_tokens: np.ndarray  # i32[num_rows]
+    samples: Samples
 
-    @property
-    def write_positions(self) -> np.ndarray:
-        """i32[rows]: where the sampled token goes in its slot; 0 for padding."""
-        positions = np.zeros(self.bucket.num_rows, np.int32)
-        positions[: self.num_rows] = self.starts + self.num_tokens
-        return positions
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """The tokens of a step that yield a new one: those at the end of their row, one or, behind drafts, several."""
+
+    rows: np.ndarray  # i64[num_samples], row in the plan
+    tokens: np.ndarray  # i32[rows], index of the token in the batch; 0 past num_samples, as the next two
+    slots: np.ndarray  # i32[rows], the row's slot
+    positions: np.ndarray  # i32[rows], where the new token goes in its slot: how many tokens stand before it
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class HostStep:
-    """One step: a batch for each data shard, all of one bucket, and how their rows lie in the arrays of all shards.
+    """One step: a batch for each data shard, all of one bucket, and how their samples lie in the arrays of all shards.
 
-    # plan's rows     a b c d e                                order    0 2 4 | 1 3
-    # rows of shards  a c e . | b d . .   (. is padding)       places   0 1 2 | 4 5
+    # plan's rows        a b c d                             sample_rows  0 2 2 | 1 3
+    # samples of shards  a c c . | b d . .                   places       0 1 2 | 4 5
+    #                    (c has a draft, . is padding)
     """
 
     batches: list[HostBatch]
-    order: np.ndarray  # i64[plan rows], shard by shard: the row's row in the plan
-    places: np.ndarray  # i64[plan rows]: its row among the padded rows of all shards
+    sample_rows: np.ndarray  # i64[samples], shard by shard: the sample's row in the plan; those of a row in order
+    places: np.ndarray  # i64[samples]: its place among the padded samples of all shards
 
     @classmethod
     def of(cls, batches: list[HostBatch]) -> HostStep:
         """The step of these batches, in the order of the shards."""
         num_rows = batches[0].bucket.num_rows
-        places = [shard * num_rows + np.arange(batch.num_rows) for shard, batch in enumerate(batches)]
-        return cls(batches, np.concatenate([batch.order for batch in batches]), np.concatenate(places))
+        places = [shard * num_rows + np.arange(len(batch.samples)) for shard, batch in enumerate(batches)]
+        return cls(batches, np.concatenate([batch.samples.rows for batch in batches]), np.concatenate(places))
 
     @property
     def bucket(self) -> Bucket:
         """The shape all batches are padded to."""
         return self.batches[0].bucket
+
+    def samples_of(self, plan: StepPlan) -> tuple[np.ndarray, np.ndarray]:
+        """Of each place the slot, counted over all shards, and its position: i32[shards x rows] both, 0 for padding."""
+        slots = np.zeros(len(self.batches) * self.bucket.num_rows, np.int32)
+        slots[self.places] = np.array(plan.slots, np.int32)[self.sample_rows]
+        return slots, np.concatenate([batch.samples.positions for batch in self.batches])
 
 
 class BatchBuilder:
@@ -91,7 +103,6 @@ class BatchBuilder:
         num_tokens = np.array(plan.num_tokens, np.int32)[order]
         row_slots = np.array(plan.slots, np.int32)[order] - first_slot
         starts = np.array(plan.starts, np.int32)[order]
-        samples = np.array(plan.samples, bool)[order]
         ends = np.cumsum(num_tokens, dtype=np.int32)
         token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
         blocks = block_tables[token_slots, positions // self._block_size]
@@ -111,11 +122,10 @@ class BatchBuilder:
                 num_tokens=bucket.num_tokens,
                 num_rows=bucket.num_rows,
             ),
-            last_tokens=_padded(ends - 1, bucket.num_rows),
-            sample_slots=_padded(np.where(samples, row_slots, 0), bucket.num_rows),
-            row_slots=_padded(row_slots, bucket.num_rows),
+            row_slots=row_slots,
             starts=starts,
             num_tokens=num_tokens,
+            samples=_samples(plan, order, ends, bucket.num_rows, first_slot=first_slot),
         )
 
     @staticmethod
@@ -135,6 +145,40 @@ class BatchBuilder:
         token_slots[:total] = np.repeat(row_slots, num_tokens)
         positions[:total] = np.arange(total, dtype=np.int32) + np.repeat(offsets, num_tokens)
         return token_slots, positions
+
+
+def _samples(plan: StepPlan, order: np.ndarray, ends: np.ndarray, num_rows: int, *, first_slot: int) -> Samples:
+    """Of each row that samples the last token, and the one before for each draft.
+
+    # row                | a: 1 token | b: 4 tokens, the last 2 of them drafts | c: 2 tokens, does not sample
+    # samples' tokens    | 0          | 2 3 4                                  |
+    """
+    counts = np.array(plan.samples, np.int64)
+    for row, draft_ids in plan.drafts.items():
+        counts[row] += len(draft_ids)
+    counts = counts[order]
+    owners = np.repeat(np.arange(len(order)), counts)
+    from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(owners))  # 1 for a row's last token
+    rows = order[owners]
+    row_ends = np.array(plan.starts, np.int32) + np.array(plan.num_tokens, np.int32)
+    return Samples(
+        rows=rows,
+        tokens=_padded(ends[owners] - from_end, num_rows),
+        slots=_padded(np.array(plan.slots, np.int32)[rows] - first_slot, num_rows),
+        positions=_padded(row_ends[rows] - from_end + 1, num_rows),
+    )
+
+
+def draft_places(plan: StepPlan) -> np.ndarray:
+    """Where a plan's drafts belong in the token table: i32[3, drafts], slot, position and token id of each."""
+    return np.array(
+        [
+            (plan.slots[row], plan.starts[row] + plan.num_tokens[row] - len(draft_ids) + index, token_id)
+            for row, draft_ids in plan.drafts.items()
+            for index, token_id in enumerate(draft_ids)
+        ],
+        np.int32,
+    ).T
 
 
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
@@ -163,9 +207,8 @@ def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: in
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,
         ),
-        last_tokens=rows,
-        sample_slots=rows,
-        row_slots=rows,
+        row_slots=nothing,
         starts=nothing,
         num_tokens=nothing,
+        samples=Samples(rows=nothing, tokens=rows, slots=rows, positions=rows),
     )

@@ -8,15 +8,14 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import DATA, by_data_shard
 from jaxserve.runner.batch import BatchBuilder, HostStep
-from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
+from jaxserve.runner.programs import LoadedModel, ProgramShapes
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
-from jaxserve.sampling.inputs import SamplingInputs, SlotParameters, Variant
+from jaxserve.sampling.inputs import SlotParameters
 from jaxserve.sampling.sampler import SampledTokens
 from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
 
@@ -50,18 +49,12 @@ class Runner(Protocol):
 class ModelRunner:
     """Owns the parameters, the KV pools and the token table, and the host's memory of each slot."""
 
-    def __init__(
-        self,
-        graph: ModelGraph,
-        params: Params,
-        programs: Programs,
-        shapes: ProgramShapes,
-        caches: list[LayerCache],
-    ) -> None:
-        self._params = params
-        self._head = {name: params[name] for name in graph.head_names()}
-        self._programs = programs
-        self._caches = caches
+    def __init__(self, model: LoadedModel, shapes: ProgramShapes, *, draft_model: LoadedModel | None = None) -> None:
+        graph = model.graph
+        self._params = model.params
+        self._head = {name: model.params[name] for name in graph.head_names()}
+        self._programs = model.programs
+        self._caches = model.caches
         self._slots = SlotTable(
             max_num_seqs=shapes.max_num_seqs,
             max_blocks_per_seq=shapes.blocks_per_seq,
@@ -75,6 +68,11 @@ class ModelRunner:
             vocab_size=graph.config.vocab_size,
             sharding=by_data_shard(graph.mesh),
         )
+        self._drafts: Drafts = (
+            GivenDrafts(model.programs)
+            if draft_model is None
+            else DraftModel(draft_model, shapes, slots=self._slots, parameters=self._parameters)
+        )
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len = shapes.max_model_len
 
@@ -83,6 +81,7 @@ class ModelRunner:
         self._slots.apply(plan)
         for new in plan.new_slots:
             self._occupy(new)
+        self._tokens, draft_ids = self._drafts.place(plan, self._tokens)
         step = self._builder.build(plan)
         hidden, rows, self._caches = self._programs.forward(
             self._params,
@@ -92,24 +91,11 @@ class ModelRunner:
             [ForwardBatch.from_host(batch) for batch in step.batches],
         )
         prompt_scores = self._score_prompts(hidden, plan, step)
-        variant, inputs = self._sampling_inputs(plan, step)
+        variant, inputs = self._parameters.gather(*step.samples_of(plan))
         self._tokens, sampled = self._programs.sample(
-            self._head,
-            rows,
-            self._tokens,
-            [SampleBatch(batch.row_slots, batch.sample_slots, batch.write_positions) for batch in step.batches],
-            inputs,
-            variant,
+            self._head, rows, self._tokens, [SampleBatch.from_host(batch) for batch in step.batches], inputs, variant
         )
-        return _DeviceStep(plan, step, sampled, prompt_scores, self._asked_logprobs(plan))
-
-    def _sampling_inputs(self, plan: StepPlan, step: HostStep) -> tuple[Variant, SamplingInputs]:
-        """What the sampler is told of each row of all data shards, padding (slot 0 of all) included."""
-        slots = np.zeros(len(step.batches) * step.bucket.num_rows, np.int32)
-        known = np.zeros_like(slots)
-        slots[step.places] = np.array(plan.slots, np.int32)[step.order]
-        known[step.places] = np.add(plan.starts, plan.num_tokens, dtype=np.int32)[step.order]
-        return self._parameters.gather(slots, known)
+        return _DeviceStep(plan, step, draft_ids, sampled, prompt_scores, self._asked_logprobs(plan, step))
 
     def _occupy(self, new: NewSlot) -> None:
         """Upload a new slot's tokens and keep what its request asks of the sampler."""
@@ -123,13 +109,13 @@ class ModelRunner:
             num_prompt_tokens=new.num_prompt_tokens,
         )
 
-    def _asked_logprobs(self, plan: StepPlan) -> dict[int, int]:
-        """Plan row -> alternatives asked for, of rows that sample and asked."""
+    def _asked_logprobs(self, plan: StepPlan, step: HostStep) -> dict[int, int]:
+        """Place of a sample -> alternatives asked for, where any were."""
         asked = self._slots.num_logprobs
         if not asked:
             return {}
-        rows = enumerate(zip(plan.slots, plan.samples, strict=True))
-        return {row: asked[slot] for row, (slot, samples) in rows if samples and slot in asked}
+        samples = zip(step.places.tolist(), step.sample_rows.tolist(), strict=True)
+        return {place: asked[plan.slots[row]] for place, row in samples if plan.slots[row] in asked}
 
     def _score_prompts(self, hidden: jax.Array, plan: StepPlan, step: HostStep) -> list[_PromptScores]:
         """Log-probabilities of the prompt tokens that follow this step's positions, for rows that asked."""
@@ -186,9 +172,10 @@ class _DeviceStep:
 
     plan: StepPlan
     step: HostStep
+    draft_ids: DraftIds
     sampled: SampledTokens
     prompt_scores: list[_PromptScores]
-    asked_logprobs: dict[int, int]  # plan row -> alternatives
+    asked_logprobs: dict[int, int]  # place of a sample -> alternatives
 
     def __post_init__(self) -> None:
         for array in (self.sampled.token_ids, self.sampled.ok, self.sampled.model_ok):
@@ -198,22 +185,24 @@ class _DeviceStep:
         return self.sampled.token_ids.is_ready()
 
     def result(self) -> StepResult:
-        places = np.zeros(self.plan.num_rows, np.int64)  # of the plan's rows among those of all data shards
-        places[self.step.order] = self.step.places
-        samples = np.array(self.plan.samples, bool)
-        token_ids = np.where(samples, np.asarray(self.sampled.token_ids)[places], 0)
-        result = StepResult(step_id=self.plan.step_id, token_ids=token_ids.tolist())
-        if self.asked_logprobs:
-            asked = {int(places[row]): count for row, count in self.asked_logprobs.items()}
-            entries = _token_logprobs(self.sampled, asked)
-            result.logprobs = dict(zip(self.asked_logprobs, entries.values(), strict=True))
+        token_ids = np.asarray(self.sampled.token_ids).tolist()
+        ok = np.asarray(self.sampled.ok).tolist()
+        logprobs = _token_logprobs(self.sampled, self.asked_logprobs) if self.asked_logprobs else {}
+        drafts = self.draft_ids.fetch()
+        result = StepResult(step_id=self.plan.step_id, token_ids=[[] for _ in range(self.plan.num_rows)])
+        for place, row in zip(self.step.places.tolist(), self.step.sample_rows.tolist(), strict=True):
+            new_ids = result.token_ids[row]
+            if row in result.errors or (new_ids and new_ids[-1] != drafts[row][len(new_ids) - 1]):
+                continue  # drawn behind a draft that did not hold
+            if not ok[place]:
+                model_ok = bool(np.asarray(self.sampled.model_ok)[place])
+                result.errors[row] = RULED_OUT if model_ok else NOT_FINITE
+                continue
+            new_ids.append(token_ids[place])
+            if place in logprobs:
+                result.logprobs.setdefault(row, []).append(logprobs[place])
         for scores in self.prompt_scores:
             result.prompt_logprobs[scores.plan_row] = scores.fetch()
-        ok = np.asarray(self.sampled.ok)[places]
-        if not ok.all():
-            model_ok = np.asarray(self.sampled.model_ok)[places]
-            for row in np.flatnonzero(~ok & samples).tolist():
-                result.errors[row] = RULED_OUT if model_ok[row] else NOT_FINITE
         return result
 
 

@@ -29,6 +29,7 @@ from jaxserve.runner.step import (
     forward,
     sample_rows,
     score_prompt,
+    write_drafts,
     write_slot,
 )
 from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant, abstract_inputs
@@ -44,6 +45,7 @@ class ProgramShapes:
     num_blocks: int  # of a data shard
     max_num_seqs: int  # of a data shard
     max_model_len: int
+    max_num_drafts: int = 0  # guessed tokens a step, of a data shard
 
     @property
     def blocks_per_seq(self) -> int:
@@ -74,7 +76,7 @@ class Programs:
             bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
         }
         self._sample_packings = {
-            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(3))))
+            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(2))))
             for rows in shapes.buckets.row_sizes
         }
 
@@ -119,19 +121,37 @@ class Programs:
         slots[shard] = slot
         return self._compiled[("write_slot",)](tokens, slots, row)
 
+    def write_drafts(self, tokens: jax.Array, drafts: np.ndarray) -> jax.Array:
+        """See `step.write_drafts`; slots count over all data shards, `tokens` is donated.
+
+        Fewer drafts than the shape of a shard holds go to its padding slot.
+        """
+        slots_per_shard = self._shapes.tokens_shape[0]
+        padded = np.zeros((self._num_data_shards, 3, self._shapes.max_num_drafts), np.int32)
+        for shard, part in enumerate(padded):
+            own = drafts[:, drafts[0] // slots_per_shard == shard]
+            part[:, : own.shape[1]] = own
+            part[0, : own.shape[1]] -= shard * slots_per_shard
+        return self._compiled[("write_drafts",)](tokens, padded.reshape(-1, self._shapes.max_num_drafts))
+
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
-        """Compile everything, the largest step first."""
+    def compile(
+        self, *, only_draws: bool = False, num_threads: int | None = None, on_compiled: OnCompiled | None = None
+    ) -> None:
+        """Compile everything, the largest step first; with `only_draws` no more than `forward` and `sample`."""
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
                 jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
-        for num_tokens in self._shapes.buckets.token_sizes:
-            jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
-        jobs[("write_slot",)] = self._lower_write_slot
+        if not only_draws:
+            for num_tokens in self._shapes.buckets.token_sizes:
+                jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
+            jobs[("write_slot",)] = self._lower_write_slot
+            if self._shapes.max_num_drafts:
+                jobs[("write_drafts",)] = self._lower_write_drafts
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
@@ -207,6 +227,11 @@ class Programs:
     def _on_each(self, program: Callable[..., Any], *in_specs: PartitionSpec) -> Callable[..., Any]:
         return on_each_data_shard(self._graph.mesh, program, in_specs=in_specs)
 
+    def _lower_write_drafts(self) -> Lowered:
+        sharded = self._on_each(write_drafts, PER_DATA_SHARD, PER_DATA_SHARD)
+        jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
+        return jitted.lower(self._tokens(), self._split(3, self._shapes.max_num_drafts))
+
     def _padding(self, bucket: Bucket) -> HostBatch:
         blocks = self._shapes.blocks_per_seq
         return empty_batch(bucket, self._graph.backend, blocks_per_seq=blocks)
@@ -228,6 +253,16 @@ class Programs:
     def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
         params = self._graph.abstract_params()
         return {name: params[name] for name in self._graph.head_names()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model that is ready to run."""
+
+    graph: ModelGraph
+    params: Params
+    programs: Programs
+    caches: list[LayerCache]
 
 
 def _sizes_of(compiled: Compiled) -> Any:

@@ -30,7 +30,7 @@ PROMPT_LOGPROB_ROWS = 64  # prompt positions scored at once
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "positions", "kv_slots", "last_tokens", "metadata"],
+    data_fields=["token_slots", "positions", "kv_slots", "sample_tokens", "metadata"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -40,13 +40,13 @@ class ForwardBatch:
     token_slots: jax.Array | np.ndarray  # i32[tokens]
     positions: jax.Array | np.ndarray  # i32[tokens]
     kv_slots: jax.Array | np.ndarray  # i32[tokens]
-    last_tokens: jax.Array | np.ndarray  # i32[rows]
+    sample_tokens: jax.Array | np.ndarray  # i32[rows], which of the tokens yield a new one
     metadata: AttentionMetadata
 
     @classmethod
     def from_host(cls, batch: HostBatch) -> ForwardBatch:
         """The model's share of a host batch."""
-        return cls(batch.token_slots, batch.positions, batch.kv_slots, batch.last_tokens, batch.metadata)
+        return cls(batch.token_slots, batch.positions, batch.kv_slots, batch.samples.tokens, batch.metadata)
 
 
 def forward(
@@ -56,25 +56,29 @@ def forward(
     tokens: Int[Array, "slots positions"],
     batch: ForwardBatch,
 ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "rows hidden"], list[LayerCache]]:
-    """Run the model over the step's tokens: (all hidden states, those of each row's last token, written caches)."""
+    """Run the model over the step's tokens: (all hidden states, those that yield a token, written caches)."""
     token_ids = tokens[batch.token_slots, batch.positions]
     inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
     hidden, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
-    return hidden, hidden[batch.last_tokens], caches
+    return hidden, hidden[batch.sample_tokens], caches
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slots", "sample_slots", "write_positions"],
+    data_fields=["slots", "positions"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
 class SampleBatch:
-    """Which slot each row belongs to, and where its new token goes; int32, padded with slot 0."""
+    """Where each new token goes in the token table; int32, padded with slot 0."""
 
     slots: jax.Array | np.ndarray  # i32[rows]
-    sample_slots: jax.Array | np.ndarray  # i32[rows], 0 where the row does not sample
-    write_positions: jax.Array | np.ndarray  # i32[rows]
+    positions: jax.Array | np.ndarray  # i32[rows]
+
+    @classmethod
+    def from_host(cls, batch: HostBatch) -> SampleBatch:
+        """The sampler's share of a host batch."""
+        return cls(batch.samples.slots, batch.samples.positions)
 
 
 def sample_rows(
@@ -87,15 +91,18 @@ def sample_rows(
     *,
     variant: Variant,
 ) -> tuple[Int[Array, "slots positions"], SampledTokens]:
-    """Sample one token a row and write it where the next step reads it; rows that do not sample write to slot 0."""
+    """Sample one token a row and write it where the next step reads it; padding writes to slot 0.
+
+    A row is a place in a sequence: behind drafts a sequence has several. Each sees the drafts before it as history,
+    and is drawn with the key of its own place, so it is what plain decoding would draw if these drafts are right.
+    """
     history = tokens[batch.slots] if variant == "full" else None
 
     def choose(logits: jax.Array, inputs: SamplingInputs, history: jax.Array | None, **split: Any) -> SampledTokens:
         return sample(logits, inputs, variant, history=history, **split)
 
     sampled = _on_logits(graph, head, hidden, choose, inputs, history)
-    positions = jnp.where(jnp.asarray(batch.sample_slots) == 0, 0, batch.write_positions)
-    return tokens.at[batch.sample_slots, positions].set(sampled.token_ids), sampled
+    return tokens.at[batch.slots, batch.positions].set(sampled.token_ids), sampled
 
 
 def score_prompt(
@@ -126,6 +133,14 @@ def _on_logits(
             check_vma=False,
         )
     return run(logits, *whole)
+
+
+def write_drafts(
+    tokens: Int[Array, "slots positions"], drafts: Int[Array, "3 drafts"]
+) -> Int[Array, "slots positions"]:
+    """Put guessed tokens where the step reads its inputs; rows of `drafts`: slot, position, token id."""
+    slots, positions, token_ids = drafts
+    return tokens.at[slots, positions].set(token_ids)
 
 
 def write_slot(

@@ -35,10 +35,10 @@ class BlockTables:
             self._count_lookup(request)
         return True
 
-    def grow(self, request: ScheduledRequest, num_tokens: int) -> list[int] | None:
-        """Blocks to append so that the table holds `num_tokens`; None where there are not enough."""
+    def grow(self, request: ScheduledRequest, num_tokens: int, num_reserved: int = 0) -> list[int] | None:
+        """Blocks to append so that the table holds `num_tokens`; None where fewer than `num_reserved` would be left."""
         num_new = self.blocks_for(num_tokens) - len(request.block_ids)
-        if num_new > self._pool.num_free:
+        if num_new + num_reserved > self._pool.num_free:
             return None
         block_ids = self._pool.allocate(num_new)
         request.block_ids += block_ids

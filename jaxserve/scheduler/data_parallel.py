@@ -10,7 +10,7 @@ from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.settings import SchedulerStats
+from jaxserve.scheduler.settings import DraftCounts, SchedulerStats
 
 T = TypeVar("T")
 
@@ -61,7 +61,9 @@ class DataParallelScheduler:
         return deltas
 
     def schedule(self) -> StepPlan | None:
-        """The next step of all shards, or None where none of them can run."""
+        """The next step of all shards, or None where none of them can run, or one of them waits for its drafts."""
+        if any(plan.drafts for parts in self._parts.values() for _, plan in parts):
+            return None  # the others wait with it: shards that took turns would each use every other step
         parts = [(shard, plan) for shard in self._shards if (plan := shard.schedule()) is not None]
         if not parts:
             return None
@@ -69,6 +71,8 @@ class DataParallelScheduler:
         self._parts[self._num_steps] = parts
         merged = StepPlan(step_id=self._num_steps)
         for _, plan in parts:
+            first = merged.num_rows
+            merged.drafts |= {first + row: draft_ids for row, draft_ids in plan.drafts.items()}
             merged.new_slots += plan.new_slots
             merged.new_blocks += plan.new_blocks
             merged.request_ids += plan.request_ids
@@ -106,6 +110,7 @@ class DataParallelScheduler:
             num_preemptions=sum(s.num_preemptions for s in stats),
             num_steps=self._num_steps,
             num_computed_tokens=sum(s.num_computed_tokens for s in stats),
+            drafts=DraftCounts.total([s.drafts for s in stats]),
         )
 
     def check_integrity(self) -> None:
@@ -123,6 +128,7 @@ def _rows_of(result: StepResult, rows: range, *, step_id: int) -> StepResult:
     """Some neighbouring rows of a result, counted from 0."""
     return StepResult(
         step_id=step_id,
+        duration_s=result.duration_s,
         token_ids=result.token_ids[rows.start : rows.stop],
         logprobs=_entries_of(result.logprobs, rows),
         prompt_logprobs=_entries_of(result.prompt_logprobs, rows),

@@ -25,8 +25,9 @@ class NewSlot:
 class StepPlan:
     """The rows of one step, as parallel lists (row i of each); nothing in it refers to the scheduler's own state.
 
-    # request's tokens  0 ........ starts[i] | ... num_tokens[i] ... | not yet
-    #                   computed             | this step             |
+    # request's tokens  0 ........ starts[i] | ... num_tokens[i] .................. | not yet
+    #                   computed             | known, or in flight | drafts.get(i)  |
+    # yields a token                                             * | *   *   *      |
     """
 
     step_id: int
@@ -36,7 +37,9 @@ class StepPlan:
     slots: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)  # tokens computed before this step
     num_tokens: list[int] = field(default_factory=list)  # tokens to compute in this step, at least 1
-    samples: list[bool] = field(default_factory=list)  # whether the row's last token yields a new one
+    samples: list[bool] = field(default_factory=list)  # whether the row reaches its end, and yields new tokens
+    # row that samples -> its last tokens, which are guesses; zeros where the runner is to guess
+    drafts: dict[int, list[int]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -60,9 +63,10 @@ class StepResult:
     """What a step produced, row for row of its plan."""
 
     step_id: int
-    token_ids: list[int]  # the sampled token; 0 where the row did not sample
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # row -> of its sampled token, where asked
+    duration_s: float | None = None  # from the result before it, or from its plan, to this result
+    token_ids: list[list[int]]  # a row's new tokens: the drafts that held and one more; none where it did not sample
+    logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)  # row -> one a new token, where asked
     # row -> one entry a prompt token whose *successor* is known in this chunk: entry j is about the token at
     # position starts[row] + j + 1, as far as that is still a prompt token.
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
-    errors: dict[int, RowError] = field(default_factory=dict)  # row -> why its sequence must end
+    errors: dict[int, RowError] = field(default_factory=dict)  # row -> why its sequence must end after these tokens

@@ -57,20 +57,27 @@ class ScheduledRequest(Request):
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
 
-    def append(self, token_id: int) -> TokenDelta:
-        """Add a sampled token. Where it is the last, the delta has a finish reason and the caller frees the request."""
-        self.token_ids.append(token_id)
-        num_tokens = len(self.token_ids)
-        delta = TokenDelta(self.request_id, [token_id])
+    def append(self, token_ids: list[int]) -> TokenDelta:
+        """Add a step's new tokens, up to the one that ends the sequence.
+
+        Where one does, the delta has a finish reason and the caller frees the request.
+        """
+        delta = TokenDelta(self.request_id)
         if self.num_preemptions:
             delta.num_preemptions = self.num_preemptions
         if self.owes_first_delta:
             self.complete_first_delta(delta)
-        if token_id in self.stop_tokens and num_tokens >= self.min_total_tokens:
-            delta.finish_reason = FinishReason.STOP
-            delta.stop_token_id = self.stop_tokens[token_id]
-        elif num_tokens >= self.max_total_tokens:
-            delta.finish_reason = FinishReason.LENGTH
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            delta.token_ids.append(token_id)
+            num_tokens = len(self.token_ids)
+            if token_id in self.stop_tokens and num_tokens >= self.min_total_tokens:
+                delta.finish_reason = FinishReason.STOP
+                delta.stop_token_id = self.stop_tokens[token_id]
+                break
+            if num_tokens >= self.max_total_tokens:
+                delta.finish_reason = FinishReason.LENGTH
+                break
         return delta
 
     def collect_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:

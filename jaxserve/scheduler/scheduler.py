@@ -10,11 +10,13 @@ from operator import attrgetter
 
 from jaxserve.cache.block_pool import BlockPool, IntegrityError
 from jaxserve.cache.prefix_cache import PrefixCache
-from jaxserve.errors import InvalidRequestError, PromptTooLongError, QueueFullError
+from jaxserve.errors import InvalidRequestError, QueueFullError
 from jaxserve.outputs import FinishReason, TokenDelta
 from jaxserve.request import EngineRequest, RequestStatus
 from jaxserve.scheduler.block_tables import BlockTables
+from jaxserve.scheduler.draft_planner import Drafter, DraftPlanner, NoDrafter
 from jaxserve.scheduler.plan import NewSlot, RowError, StepPlan, StepResult
+from jaxserve.scheduler.prompt_check import check_prompt
 from jaxserve.scheduler.scheduled_request import ScheduledRequest
 from jaxserve.scheduler.settings import SchedulerSettings, SchedulerStats
 from jaxserve.scheduler.waiting_queue import RANKS, WaitingQueue
@@ -29,11 +31,18 @@ class Scheduler:
     # gets tokens of the step     -->            gives up its blocks first <-- , and never once it is in the plan
     """
 
-    def __init__(self, settings: SchedulerSettings, block_pool: BlockPool, prefix_cache: PrefixCache | None) -> None:
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        block_pool: BlockPool,
+        prefix_cache: PrefixCache | None,
+        drafter: Drafter | None = None,
+    ) -> None:
         self._settings = settings
         self._pool = block_pool
         self._prefix_cache = prefix_cache
         self._tables = BlockTables(block_pool, prefix_cache)
+        self._drafts = DraftPlanner(settings, self._tables, drafter or NoDrafter())
         self._rank = RANKS[settings.policy]
         # The last token of a sequence needs no K and V, so the pool bears one token more than it has positions.
         self._token_limit = min(settings.max_model_len, block_pool.num_usable * block_pool.block_size + 1)
@@ -60,7 +69,7 @@ class Scheduler:
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request; raises `PromptTooLongError`, `QueueFullError`, `InvalidRequestError`."""
-        self._check_prompt(request)
+        check_prompt(request, self._settings, self._pool)
         if request.request_id in self._requests:
             raise InvalidRequestError(f"request id {request.request_id!r} is in use", param="request_id")
         if len(self._waiting) >= self._settings.max_queued_requests:
@@ -85,13 +94,16 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None where nothing can run before the results in flight are known."""
+        if self._drafts.are_in_flight:
+            return None
         plan = StepPlan(step_id=self._num_steps + 1)
         rows: list[ScheduledRequest] = []
         budget = self._plan_running(plan, rows)
         if self._waiting:
-            self._plan_waiting(plan, rows, budget)
+            budget = self._plan_waiting(plan, rows, budget)
         if not rows:
             return None
+        self._drafts.extend(plan, rows, budget)
         plan.request_ids = [request.request_id for request in rows]
         plan.slots = [request.slot for request in rows]
         self._num_steps += 1
@@ -102,23 +114,23 @@ class Scheduler:
     def update(self, plan: StepPlan, result: StepResult) -> list[TokenDelta]:
         """Take in a step's result; plans come back in the order they were made."""
         rows = self._rows.pop(plan.step_id)
+        self._drafts.settle(plan, result)
         deltas: list[TokenDelta] = []
         logprobs, num_unfinished = result.logprobs, len(self._requests)
-        for row, error in result.errors.items():
-            self._fail(rows[row], error, deltas)
         for row, entries in result.prompt_logprobs.items():
             rows[row].collect_prompt_logprobs(plan.starts[row], entries)
-        for row, request in enumerate(rows):
-            if not plan.samples[row]:
-                continue
-            request.num_in_flight -= 1
-            if request.finish_reason is None:
-                delta = request.append(result.token_ids[row])
+        for row, (request, token_ids) in enumerate(zip(rows, result.token_ids, strict=True)):
+            request.num_in_flight -= plan.samples[row]
+            if token_ids and request.finish_reason is None:
+                request.num_computed_tokens += len(token_ids) - 1  # the drafts that held
+                delta = request.append(token_ids)
                 if logprobs and row in logprobs:
-                    delta.logprobs = [logprobs[row]]
+                    delta.logprobs = logprobs[row][: len(delta.token_ids)]
                 if delta.finish_reason is not None:
                     self._finish(request, delta.finish_reason)
                 deltas.append(delta)
+        for row, error in result.errors.items():
+            self._fail(rows[row], error, deltas)
         if len(self._requests) != num_unfinished:
             self._drop_finished()
         return deltas
@@ -142,6 +154,7 @@ class Scheduler:
             num_preemptions=self._num_preemptions,
             num_steps=self._num_steps,
             num_computed_tokens=self._num_computed_tokens,
+            drafts=self._drafts.counts,
         )
 
     def check_integrity(self) -> None:
@@ -179,8 +192,8 @@ class Scheduler:
             budget -= num_new
         return budget
 
-    def _plan_waiting(self, plan: StepPlan, rows: list[ScheduledRequest], budget: int) -> None:
-        """Admit requests in order of rank while there are slots, tokens and blocks."""
+    def _plan_waiting(self, plan: StepPlan, rows: list[ScheduledRequest], budget: int) -> int:
+        """Admit requests in order of rank while slots, tokens and blocks last; returns what is left of `budget`."""
         # A newcomer that takes the last blocks is preempted as soon as a running request needs one: work for nothing.
         num_reserved = sum(1 for r in self._running if r.max_total_tokens - 1 > r.num_block_tokens)
         while budget and self._free_slots and self._waiting:
@@ -193,6 +206,7 @@ class Scheduler:
             self._add_row(request, num_new, plan, rows)
             budget -= num_new
             num_reserved += request.max_total_tokens - 1 > request.num_block_tokens
+        return budget
 
     def _add_row(self, request: ScheduledRequest, num_new: int, plan: StepPlan, rows: list[ScheduledRequest]) -> None:
         """Compute a request's next `num_new` tokens in this step."""
@@ -265,6 +279,7 @@ class Scheduler:
         """Free what a request holds. The caller drops it from `_running` when it is done with all that end."""
         request.finish_reason = reason
         del self._requests[request.request_id]
+        self._drafts.release(request)
         if request.status is RequestStatus.RUNNING:
             self._vacate(request)
         else:
@@ -273,19 +288,3 @@ class Scheduler:
 
     def _drop_finished(self) -> None:
         self._running = [request for request in self._running if request.finish_reason is None]
-
-    def _check_prompt(self, request: EngineRequest) -> None:
-        num_tokens = len(request.prompt_token_ids)
-        if not num_tokens:
-            raise InvalidRequestError("the prompt must hold at least one token", param="prompt")
-        if num_tokens >= self._settings.max_model_len:
-            raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens; the model's context takes {self._settings.max_model_len}, and at "
-                f"least one must be left for the answer; shorten the prompt or serve with a larger max_model_len"
-            )
-        num_blocks = self._tables.blocks_for(num_tokens)
-        if num_blocks > self._pool.num_usable:
-            raise PromptTooLongError(
-                f"the prompt has {num_tokens} tokens and needs {num_blocks} blocks of {self._pool.block_size} tokens, "
-                f"the KV cache has {self._pool.num_usable}; shorten the prompt or give the KV cache more memory"
-            )

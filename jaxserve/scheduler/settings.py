@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Literal, TypeAlias
 
 from jaxserve.errors import ConfigError
@@ -18,6 +20,7 @@ class SchedulerSettings:
     max_num_seqs: int = 256  # requests running at once: rows of a step, slots of the runner
     first_slot: int = 1  # of its max_num_seqs slots
     max_num_batched_tokens: int = 2048  # the token budget of a step
+    max_num_drafts: int = 0  # guessed tokens a step, over all requests
     max_model_len: int  # tokens, prompt and answer together
     policy: Policy = "fcfs"  # "priority": lower `priority` first, then arrival
     max_queued_requests: int  # waiting requests beyond which new ones are refused
@@ -27,11 +30,9 @@ class SchedulerSettings:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_queued_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"scheduler.{name} must be at least 1, got {getattr(self, name)}")
-        if self.long_prefill_token_threshold < 0:
-            raise ConfigError(
-                f"scheduler.long_prefill_token_threshold must be 0 (off) or more, got "
-                f"{self.long_prefill_token_threshold}"
-            )
+        for name in ("long_prefill_token_threshold", "max_num_drafts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"scheduler.{name} must be 0 (off) or more, got {getattr(self, name)}")
         if self.policy not in POLICIES:
             raise ConfigError(f"scheduler.policy must be one of {', '.join(POLICIES)}, got {self.policy!r}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -42,9 +43,53 @@ class SchedulerSettings:
             )
 
     @property
+    def max_num_samples(self) -> int:
+        """Most places of a step at which a token is sampled: one a request, and one a draft."""
+        return self.max_num_seqs + self.max_num_drafts
+
+    @property
     def max_tokens_per_row(self) -> int:
         """Most tokens a step takes of one request."""
         return min(self.long_prefill_token_threshold or self.max_num_batched_tokens, self.max_num_batched_tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftCounts:
+    """Counters of guessed tokens, from 0 at the start."""
+
+    num_drafts: int = 0  # rows that had some
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # drafts that held
+    accepted_per_position: tuple[int, ...] = ()  # of a row's first draft, its second ...
+
+    @classmethod
+    def total(cls, counts: Sequence[DraftCounts]) -> DraftCounts:
+        """Of several schedulers together.
+
+        >>> DraftCounts.total([DraftCounts().plus(2, 1), DraftCounts().plus(1, 1)]).accepted_per_position
+        (2, 0)
+        """
+        positions = zip_longest(*(count.accepted_per_position for count in counts), fillvalue=0)
+        return cls(
+            num_drafts=sum(count.num_drafts for count in counts),
+            num_draft_tokens=sum(count.num_draft_tokens for count in counts),
+            num_accepted_tokens=sum(count.num_accepted_tokens for count in counts),
+            accepted_per_position=tuple(map(sum, positions)),
+        )
+
+    def plus(self, num_tokens: int, num_accepted: int) -> DraftCounts:
+        """With a row of `num_tokens` drafts, the first `num_accepted` of which held.
+
+        >>> DraftCounts().plus(4, 2).plus(1, 1).accepted_per_position
+        (2, 1, 0, 0)
+        """
+        held = [1] * num_accepted + [0] * (num_tokens - num_accepted)
+        return DraftCounts(
+            num_drafts=self.num_drafts + 1,
+            num_draft_tokens=self.num_draft_tokens + num_tokens,
+            num_accepted_tokens=self.num_accepted_tokens + num_accepted,
+            accepted_per_position=tuple(map(sum, zip_longest(self.accepted_per_position, held, fillvalue=0))),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,4 +103,5 @@ class SchedulerStats:
     prefix_hit_tokens: int  # counter: of those, found
     num_preemptions: int  # counter
     num_steps: int  # counter: plans made
-    num_computed_tokens: int  # counter: tokens planned, recomputed ones included
+    num_computed_tokens: int  # counter: tokens planned, recomputed ones and drafts included
+    drafts: DraftCounts

@@ -31,7 +31,7 @@ class Step:
 
     def result(self) -> StepResult:
         self.runner.fail_in("result")
-        return StepResult(step_id=self.plan.step_id, token_ids=[7] * self.plan.num_rows)
+        return StepResult(step_id=self.plan.step_id, token_ids=[[7]] * self.plan.num_rows)
 
 
 class FailingRunner:

@@ -5,7 +5,7 @@ import time
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.core_facts import CoreInfo, DraftCounts, EngineStats
 from jaxserve.metrics import RequestTimer, ServerMetrics
 from jaxserve.outputs import FinishReason, TokenDelta
 from jaxserve.sampling_params import SamplingParams
@@ -36,6 +36,10 @@ VLLM_NAMES = [
     "request_prefill_time_seconds_bucket",
     "request_decode_time_seconds_bucket",
     "cache_config_info",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_accepted_tokens_per_pos_total",
 ]
 
 
@@ -51,7 +55,7 @@ def values_of(metrics):
 @pytest.mark.parametrize("prefix", ["jaxserve:", "vllm:"])
 def test_the_names_are_vllms_under_the_prefix(prefix):
     metrics = ServerMetrics(model_name="m", prefix=prefix)
-    metrics.set_core_info(CoreInfo(max_model_len=8, vocab_size=9, num_blocks=7, block_size=4, fingerprint="f"))
+    metrics.set_engine_stats(EngineStats(drafts=DraftCounts().plus(2, 1)))
     for _ in range(2):
         metrics.set_core_info(CoreInfo(max_model_len=8, vocab_size=9, num_blocks=7, block_size=4, fingerprint="f"))
 
@@ -82,6 +86,22 @@ def test_counters_of_the_engine_grow_by_differences_and_survive_its_death():
     values = values_of(metrics)
     assert values["jaxserve:engine_steps_total"] == 11
     assert values["jaxserve:engine_restarts_total"] == 1
+
+
+def test_accepted_drafts_are_counted_by_position():
+    metrics = ServerMetrics(model_name="m")
+    counts = DraftCounts().plus(2, 1)
+
+    metrics.set_engine_stats(EngineStats(drafts=counts))
+    metrics.set_engine_stats(EngineStats(drafts=counts.plus(3, 3)))
+
+    values = values_of(metrics)
+    assert values["jaxserve:spec_decode_num_drafts_total"] == 2
+    assert values["jaxserve:spec_decode_num_draft_tokens_total"] == 5
+    assert values["jaxserve:spec_decode_num_accepted_tokens_total"] == 4
+    text = metrics.render().decode()
+    for position, num_accepted in (("0", 2.0), ("1", 1.0), ("2", 1.0)):
+        assert f'per_pos_total{{engine="0",model_name="m",position="{position}"}} {num_accepted}' in text
 
 
 def test_a_requests_times_land_in_their_histograms():

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from jaxserve.engine import drafting
 from jaxserve.engine.core import EngineCore
 from tests.checkpoints import save_random_llama, transformers_greedy
 from tests.harness import greedy, run, tiny_config, tokens
+from tests.speculative.oracle import Oracle
 
 NUM_TOKENS = 24
 _rng = np.random.default_rng(7)
@@ -29,7 +31,11 @@ class Way:
     config: dict = field(default_factory=dict)
     must_preempt: bool = False
     must_hit_cache: bool = False
+    told: bool = False  # guesses come from who knows the answers, and are wrong now and then
 
+
+# Drafts wherever there is room, whether it pays or not.
+SPECULATIVE = {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}}
 
 WAYS = {
     "alone": Way(one_by_one=True, config={"enable_prefix_caching": False}),
@@ -44,6 +50,17 @@ WAYS = {
         must_preempt=True,
     ),
     "by priority": Way(config={"scheduling_policy": "priority"}),
+    "speculative, ngram": Way(config=SPECULATIVE),
+    "speculative, adaptive": Way(config={"speculative_config": {"method": "ngram", "prompt_lookup_min": 1}}),
+    "speculative": Way(config=SPECULATIVE, told=True),
+    "speculative, synchronous": Way(config=SPECULATIVE | {"async_scheduling": False}, told=True),
+    "speculative, chunked": Way(
+        config=SPECULATIVE | {"max_num_batched_tokens": 8, "token_buckets": (8,), "enable_prefix_caching": False},
+        told=True,
+    ),
+    "speculative, prefix-cached": Way(config=SPECULATIVE, told=True, repeat=True, must_hit_cache=True),
+    "speculative, preempted": Way(config=SPECULATIVE | {"num_gpu_blocks_override": 9}, told=True, must_preempt=True),
+    "speculative, two devices": Way(config=SPECULATIVE | {"tensor_parallel_size": 2}, told=True),
     "large blocks": Way(config={"block_size": 64, "num_gpu_blocks_override": 17}),
 }
 
@@ -59,7 +76,12 @@ def wanted(checkpoint: Path) -> list[list[int]]:
 
 
 @pytest.fixture
-def core(checkpoint: Path, request: pytest.FixtureRequest) -> Iterator[EngineCore]:
+def core(
+    checkpoint: Path, wanted: list[list[int]], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[EngineCore]:
+    if request.param.told:
+        oracle = Oracle([prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)], vocab_size=320)
+        monkeypatch.setattr(drafting, "NgramProposer", lambda **settings: oracle)
     core = EngineCore(tiny_config(str(checkpoint), **request.param.config))
     yield core
     core.shutdown()
@@ -78,5 +100,6 @@ def test_greedy_tokens_are_those_of_transformers(core: EngineCore, way: Way, wan
     stats = core.stats()
     assert stats.num_preemptions > 0 or not way.must_preempt
     assert stats.prefix_hit_tokens > 0 or not way.must_hit_cache
+    assert 0 < stats.drafts.num_accepted_tokens < stats.drafts.num_draft_tokens or not way.told
     assert stats.num_compiles_after_ready == 0
     assert stats.kv_cache_usage == 0

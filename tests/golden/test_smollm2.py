@@ -84,6 +84,20 @@ def test_prefix_cached_the_tokens_are_the_same(core, prompts, reference) -> None
     assert core.stats().prefix_hit_tokens > hits
 
 
+def test_with_drafts_batched_chunked_and_preempted_the_tokens_are_the_same(prompts, reference) -> None:
+    speculative = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1, "adaptive": False}
+    changes = {"max_model_len": 128, "num_gpu_blocks_override": 12, "token_buckets": (8, 64)}
+    core = EngineCore(tiny_config(MODEL, speculative_config=speculative, **changes))
+    for each in (prompts * 2, prompts[:2]):
+        deltas = run(core, each, greedy(NUM_TOKENS))
+        assert [tokens(one) for one in deltas] == ([wanted for wanted, _ in reference] * 2)[: len(each)]
+    stats = core.stats()
+    assert stats.drafts.num_accepted_tokens > 10
+    assert stats.num_preemptions > 0
+    assert (stats.num_compiles_after_ready, stats.kv_cache_usage) == (0, 0)
+    core.shutdown()
+
+
 def test_nothing_was_compiled_after_ready_and_no_block_is_lost(core) -> None:
     assert core.stats().num_compiles_after_ready == 0
     assert core.stats().kv_cache_usage == 0

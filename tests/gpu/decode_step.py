@@ -161,11 +161,11 @@ class DecodeSteps:
             token_slots=slots,
             positions=positions,
             kv_slots=tables[:, position // block_size] * block_size + position % block_size,
-            last_tokens=slots - 1,
+            sample_tokens=slots - 1,
             metadata=metadata,
         )
         empty = empty_batch(Bucket(batch, batch), self.backend, blocks_per_seq=self.blocks_per_seq)
-        sample = SampleBatch(slots, slots, positions)
+        sample = SampleBatch(slots, positions)
         return Packing(ForwardBatch.from_host(empty)).pack(forward)[None], Packing(sample).pack(sample)[None]
 
     @cached_property

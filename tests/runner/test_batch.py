@@ -67,7 +67,8 @@ def test_rows_of_one_token_come_first_and_the_order_is_kept(builder: BatchBuilde
     assert batch.bucket == Bucket(8, 4)
     assert batch.token_slots.tolist() == [3, 1, 1, 1, 1, 1, 1, 0]
     assert batch.positions.tolist() == [2, 0, 1, 2, 3, 4, 5, 0]
-    assert batch.last_tokens.tolist() == [0, 6, 0, 0]
+    assert batch.samples.rows.tolist() == [1, 0]
+    assert batch.samples.tokens.tolist() == [0, 6, 0, 0]
 
 
 def test_kv_slots_follow_the_block_tables_and_padding_goes_to_block_0(builder: BatchBuilder) -> None:
@@ -75,10 +76,22 @@ def test_kv_slots_follow_the_block_tables_and_padding_goes_to_block_0(builder: B
     assert batch.kv_slots.tolist() == [5 * BLOCK + 3, 2 * BLOCK, 2 * BLOCK + 1, 0]
 
 
-def test_a_row_that_does_not_sample_writes_to_slot_0(builder: BatchBuilder) -> None:
-    batch = builder.build(plan_of((1, 0, 2, False), (3, 0, 3, True))).batches[0]
-    assert batch.sample_slots.tolist() == [0, 3, 0, 0]
-    assert batch.write_positions[:2].tolist() == [2, 3]
+def test_only_rows_that_sample_have_samples_and_padding_writes_to_slot_0(builder: BatchBuilder) -> None:
+    samples = builder.build(plan_of((1, 0, 2, False), (3, 0, 3, True))).batches[0].samples
+    assert samples.rows.tolist() == [1]
+    assert samples.tokens.tolist() == [4, 0, 0, 0]
+    assert samples.slots.tolist() == [3, 0, 0, 0]
+    assert samples.positions.tolist() == [3, 0, 0, 0]
+
+
+def test_each_draft_is_a_sample_and_so_is_the_token_before_it(builder: BatchBuilder) -> None:
+    plan = plan_of((1, 3, 3, True), (3, 2, 1, True))
+    plan.drafts = {0: [9, 9]}
+    samples = builder.build(plan).batches[0].samples
+    assert samples.rows.tolist() == [1, 0, 0, 0]
+    assert samples.tokens.tolist() == [0, 1, 2, 3]
+    assert samples.slots.tolist() == [3, 1, 1, 1]
+    assert samples.positions.tolist() == [3, 4, 5, 6]
 
 
 def test_appended_blocks_are_found(builder: BatchBuilder, slots: SlotTable) -> None:
@@ -116,10 +129,23 @@ def test_each_data_shard_has_a_batch_of_its_own_rows_in_one_bucket() -> None:
     )
     first, second = step.batches
     assert first.bucket == second.bucket == Bucket(8, 4)
-    assert (first.row_slots.tolist(), second.row_slots.tolist()) == ([1, 0, 0, 0], [2, 1, 0, 0])
+    assert (first.row_slots.tolist(), second.row_slots.tolist()) == ([1], [2, 1])
     assert first.kv_slots.tolist() == [7 * BLOCK + 2] + [0] * 7
     assert second.kv_slots[:4].tolist() == [3 * BLOCK, 5 * BLOCK, 5 * BLOCK + 1, 5 * BLOCK + 2]
-    assert (step.order.tolist(), step.places.tolist()) == ([1, 2, 0], [0, 4, 5])
+    assert (step.sample_rows.tolist(), step.places.tolist()) == ([1, 2, 0], [0, 4, 5])
+
+
+def test_drafts_of_a_data_shard_are_samples_of_its_own() -> None:
+    slots = SlotTable(max_num_seqs=2, max_blocks_per_seq=4, num_data_shards=2)
+    slots.apply(StepPlan(step_id=0, new_slots=[new_slot(1, [1] * 3, [7]), new_slot(5, [1] * 2, [3])]))
+    plan = plan_of((5, 1, 3, True), (1, 2, 1, True))
+    plan.drafts = {0: [9, 9]}
+    step = BatchBuilder(Buckets((4,), (4,)), slots, BACKEND).build(plan)
+    assert step.batches[1].samples.slots.tolist() == [2, 2, 2, 0]
+    assert (step.sample_rows.tolist(), step.places.tolist()) == ([1, 0, 0, 0], [0, 4, 5, 6])
+    slots_of, positions = step.samples_of(plan)
+    assert slots_of.tolist() == [1, 0, 0, 0, 5, 5, 5, 0]
+    assert positions.tolist() == [3, 0, 0, 0, 2, 3, 4, 0]
 
 
 def test_a_data_shard_without_rows_has_padding_alone() -> None:

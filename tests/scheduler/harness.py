@@ -11,6 +11,7 @@ from jaxserve.request import EngineRequest
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
+from tests.scheduler.drafters import HalfRight
 from tests.scheduler.paged_device import PagedDevice, expected_output, make_request
 
 
@@ -18,14 +19,22 @@ class Harness:
     """`depth` steps are in flight while the next is planned; 0 is a synchronous engine."""
 
     def __init__(
-        self, *, num_blocks: int = 64, block_size: int = 4, prefix_cache: bool = True, depth: int = 1, **settings
+        self,
+        *,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        prefix_cache: bool = True,
+        depth: int = 1,
+        drafts: dict | None = None,  # for `HalfRight`
+        **settings,
     ) -> None:
         defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 128, "max_queued_requests": 1000}
         self.settings = SchedulerSettings(**(defaults | settings))
         self.pool = BlockPool(num_blocks, block_size)
         self.cache = PrefixCache(self.pool) if prefix_cache else None
-        self.scheduler = Scheduler(self.settings, self.pool, self.cache)
         self.device = PagedDevice(num_blocks, block_size)
+        self.drafter = HalfRight(self.device.requests, **drafts) if drafts is not None else None
+        self.scheduler = Scheduler(self.settings, self.pool, self.cache, self.drafter)
         self.depth = depth
         self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.plans: list[StepPlan] = []
@@ -71,6 +80,7 @@ class Harness:
             assert self.step() is not None or had_results, "requests are unfinished, and nothing can run"
         assert not self.scheduler.has_unfinished, f"unfinished after {max_steps} steps"
         self.scheduler.check_integrity()
+        assert not self.scheduler.stats().num_running
         assert self.pool.num_free == self.pool.num_usable
 
     def output(self, request_id: str) -> list[int]:
@@ -100,6 +110,10 @@ class Harness:
         assert plan.total_num_tokens <= self.settings.max_num_batched_tokens
         assert min(plan.num_tokens) >= 1
         assert max(plan.num_tokens) <= self.settings.max_tokens_per_row
+        num_drafts = sum(map(len, plan.drafts.values()))
+        assert num_drafts <= self.settings.max_num_drafts
+        assert sum(plan.samples) + num_drafts <= self.settings.max_num_samples
+        assert not any(other.drafts for other, _ in self.in_flight), "a row's start is not known yet"
         assert len(set(plan.slots)) == len(plan.slots)
         assert len(set(plan.request_ids)) == len(plan.request_ids)
         for request_id, start, num_tokens in zip(plan.request_ids, plan.starts, plan.num_tokens, strict=True):

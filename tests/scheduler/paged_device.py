@@ -105,8 +105,9 @@ class PagedDevice:
             state = self._slots[slot]
             assert state.new.request_id == plan.request_ids[row]
             end = plan.starts[row] + plan.num_tokens[row]
-            assert end <= len(state.token_ids), "a row reads a token that was never sampled"
-            state.hashes = prefix_hashes(state.token_ids[:end], state.request)
+            drafts = plan.drafts.get(row, [])
+            assert end - len(drafts) <= len(state.token_ids), "a row reads a token that was never sampled"
+            state.hashes = prefix_hashes([*state.token_ids[: end - len(drafts)], *drafts], state.request)
             for position in range(plan.starts[row], end):
                 place = self._place(state, position)
                 assert place not in written, f"two rows write {place} in one step"
@@ -119,11 +120,14 @@ class PagedDevice:
             found = self._pool.get(self._place(state, position))
             assert found == state.hashes[position], f"{state.new.request_id}: position {position} is not its own"
 
-    def _sample(self, plan: StepPlan, row: int, result: StepResult) -> int:
+    def _sample(self, plan: StepPlan, row: int, result: StepResult) -> list[int]:
+        """The row's new tokens: as many drafts as hold, and one more."""
         state = self._slots[plan.slots[row]]
         params, request_id = state.new.sampling_params, state.new.request_id
-        start, end = plan.starts[row], plan.starts[row] + plan.num_tokens[row]
+        start, drafts = plan.starts[row], plan.drafts.get(row, [])
+        end = start + plan.num_tokens[row] - len(drafts)
         assert plan.samples[row] == (end == len(state.token_ids))
+        assert len(drafts) < plan.num_tokens[row] and (plan.samples[row] or not drafts)
         if request_id in self.failing:
             self.failing.discard(request_id)
             result.errors[row] = RowError("non-finite logits", taints_blocks=True)
@@ -135,12 +139,14 @@ class PagedDevice:
             entries = [_logprobs(state.token_ids[p], position=p) for p in range(start + 1, last + 1)]
             result.prompt_logprobs[row] = entries
         if not plan.samples[row]:
-            return 0
-        token_id = sampled(state.hashes[-1])
-        state.token_ids.append(token_id)
+            return []
+        token_ids: list[int] = []
+        while token_ids == drafts[: len(token_ids)] and len(token_ids) <= len(drafts):
+            token_ids.append(sampled(state.hashes[end - 1 + len(token_ids)]))
+        state.token_ids += token_ids
         if params.logprobs is not None:
-            result.logprobs[row] = _logprobs(token_id, position=end)
-        return token_id
+            result.logprobs[row] = [_logprobs(token_id, position=end + i) for i, token_id in enumerate(token_ids)]
+        return [] if row in result.errors else token_ids
 
     def _place(self, state: _Slot, position: int) -> tuple[int, int]:
         block_id = state.block_ids[position // self._block_size]

@@ -213,7 +213,7 @@ def test_a_step_that_failed_as_a_whole_can_be_reported_row_by_row():
         harness.add(request_id, [1, 2, 3])
     plan = harness.scheduler.schedule()
     errors = dict.fromkeys(range(plan.num_rows), RowError("the device is gone", taints_blocks=True))
-    deltas = harness.scheduler.update(plan, StepResult(step_id=plan.step_id, token_ids=[0, 0], errors=errors))
+    deltas = harness.scheduler.update(plan, StepResult(step_id=plan.step_id, token_ids=[[], []], errors=errors))
     assert [delta.finish_reason for delta in deltas] == [FinishReason.ERROR] * 2
     harness.scheduler.check_integrity()
 
@@ -224,4 +224,4 @@ def test_a_plan_that_is_not_in_flight_is_refused():
     plan = harness.step()
     harness.deliver()
     with pytest.raises(KeyError):
-        harness.scheduler.update(plan, StepResult(step_id=plan.step_id, token_ids=[0]))
+        harness.scheduler.update(plan, StepResult(step_id=plan.step_id, token_ids=[[0]]))

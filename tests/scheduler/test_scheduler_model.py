@@ -38,8 +38,27 @@ class SchedulerModel(RuleBasedStateMachine):
         spare_budget=st.integers(0, 30),
         policy=st.sampled_from(["fcfs", "priority"]),
         threshold=st.sampled_from([0, 0, 1, 5]),
+        drafts=st.one_of(
+            st.none(),
+            st.fixed_dictionaries(
+                {"most": st.integers(1, 6), "wrong": st.sampled_from([0, 0.1, 0.5]), "seed": st.integers(0, 9)}
+            ),
+        ),
+        max_num_drafts=st.sampled_from([1, 4, 100]),
     )
-    def start(self, num_blocks, block_size, prefix_cache, depth, max_num_seqs, spare_budget, policy, threshold):
+    def start(
+        self,
+        num_blocks,
+        block_size,
+        prefix_cache,
+        depth,
+        max_num_seqs,
+        spare_budget,
+        policy,
+        threshold,
+        drafts,
+        max_num_drafts,
+    ):
         self.harness = Harness(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -50,6 +69,8 @@ class SchedulerModel(RuleBasedStateMachine):
             max_model_len=MAX_MODEL_LEN,
             policy=policy,
             long_prefill_token_threshold=threshold,
+            drafts=drafts,
+            max_num_drafts=max_num_drafts if drafts else 0,
             max_queued_requests=MAX_QUEUED,
         )
         self.num_added = 0

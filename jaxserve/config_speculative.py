@@ -1,0 +1,72 @@
+"""`SpeculativeConfig`: which guesses are made of the tokens to come, under vLLM's names."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from jaxserve.config_values import Settings, parse_object
+
+Method: TypeAlias = Literal["ngram", "draft_model"]
+METHODS: tuple[Method, ...] = get_args(Method)
+_NOT_BUILT = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "ngram_gpu")  # vLLM has them
+
+MAX_SPECULATIVE_TOKENS = 32
+
+
+class SpeculativeConfig(Settings):
+    """What `--speculative-config` holds."""
+
+    method: Method = Field(
+        description="ngram: what followed the last tokens where they stood before; draft_model: a smaller model."
+    )
+    model: str | None = Field(
+        default=None, min_length=1, description="draft_model: where the smaller model is, of the same vocabulary."
+    )
+    num_speculative_tokens: int = Field(
+        default=5, ge=1, le=MAX_SPECULATIVE_TOKENS, description="Most tokens guessed at once for a request."
+    )
+    prompt_lookup_min: int = Field(default=2, ge=1, le=16, description="ngram: fewest tokens that must repeat.")
+    prompt_lookup_max: int = Field(default=5, ge=1, le=16, description="ngram: most tokens that are compared.")
+    adaptive: bool = Field(
+        default=True, description="Guess only as much as measured acceptance and step times say is worth it."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_method(cls, values: Any) -> Any:
+        """Take `model: ngram` for the method, as vLLM does, and say of what is not built that it is not."""
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        if values.get("model") == "ngram":
+            values.setdefault("method", values.pop("model"))
+        if values.get("model") is not None:
+            values.setdefault("method", "draft_model")
+        method = values.get("method")
+        if method in _NOT_BUILT:
+            raise ValueError(f"must have a method that is built ({', '.join(METHODS)}); {method!r} is not")
+        if method not in METHODS:
+            raise ValueError(f"must name a method, one of {', '.join(METHODS)}; it is {method!r}")
+        return values
+
+    @model_validator(mode="after")
+    def _check_together(self) -> SpeculativeConfig:
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ValueError(f"must have a model with method 'draft_model' and with no other; method: {self.method!r}")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"must have prompt_lookup_min ({self.prompt_lookup_min}) at most prompt_lookup_max "
+                f"({self.prompt_lookup_max})"
+            )
+        return self
+
+
+class SpeculativeSettings(Settings):
+    """Guesses of the tokens to come."""
+
+    speculative_config: Annotated[SpeculativeConfig | None, BeforeValidator(parse_object)] = Field(
+        default=None,
+        description='Speculative decoding, such as {"method": "ngram", "num_speculative_tokens": 5}. [off]',
+    )

@@ -1,0 +1,178 @@
+"""How a step's drafts get into the token table: `GivenDrafts`, that the plan names, or a `DraftModel`'s own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from jaxserve.runner.batch import BatchBuilder, draft_places
+from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
+from jaxserve.runner.slot_table import SlotTable
+from jaxserve.runner.step import ForwardBatch, SampleBatch
+from jaxserve.sampling.inputs import SlotParameters
+from jaxserve.scheduler.plan import StepPlan
+
+_NOTHING_YET = np.iinfo(np.int32).max  # tokens: a slot whose first row says where its computation begins
+
+
+class DraftIds(Protocol):
+    """A step's drafts, which may still be on their way to the host."""
+
+    def fetch(self) -> dict[int, list[int]]:
+        """Row of the plan -> its drafts."""
+        ...
+
+
+class Drafts(Protocol):
+    """Puts drafts where the step's forward pass reads its inputs."""
+
+    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+        """The token table with the plan's drafts in it; `tokens` is donated. Slots and blocks are up to date."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KnownIds:
+    """Drafts that the host knows."""
+
+    ids: dict[int, list[int]]
+
+    def fetch(self) -> dict[int, list[int]]:
+        return self.ids
+
+
+class GivenDrafts:
+    """Takes the drafts from the plan."""
+
+    def __init__(self, programs: Programs) -> None:
+        self._programs = programs
+
+    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+        if plan.drafts:
+            tokens = self._programs.write_drafts(tokens, draft_places(plan))
+        return tokens, KnownIds(plan.drafts)
+
+
+@dataclass(slots=True)
+class DrawnIds:
+    """Drafts that a model draws, one a row and pass."""
+
+    passes: list[tuple[dict[int, int], jax.Array]] = field(default_factory=list)  # plan row -> place in what was drawn
+
+    def add(self, places: dict[int, int], token_ids: jax.Array) -> None:
+        token_ids.copy_to_host_async()
+        self.passes.append((places, token_ids))
+
+    def fetch(self) -> dict[int, list[int]]:
+        drafts: dict[int, list[int]] = {}
+        for places, token_ids in self.passes:
+            drawn = np.asarray(token_ids).tolist()
+            for row, place in places.items():
+                drafts.setdefault(row, []).append(drawn[place])
+        return drafts
+
+
+class DraftModel:
+    """A smaller model that draws the drafts, with K and V of its own in pools of the same blocks.
+
+    It computes whatever the large model does, so shared prefixes, chunks and resumed requests find its K and V as they
+    find the large model's. A draft is drawn as its token will be, with the same parameters and random numbers: the two
+    models agree more often than if each drew for itself.
+
+    # tokens       ... t     | d1       d2       d3 | then, if all three held: t'
+    # first pass   ... t ->  | d1
+    # more passes            | d1 ->    d2 ->       |
+    # not computed                               d3 | with t', by the next step
+    """
+
+    def __init__(
+        self, model: LoadedModel, shapes: ProgramShapes, *, slots: SlotTable, parameters: SlotParameters
+    ) -> None:
+        self._params = model.params
+        self._head = {name: model.params[name] for name in model.graph.head_names()}
+        self._programs = model.programs
+        self._caches = model.caches
+        self._parameters = parameters
+        self._builder = BatchBuilder(shapes.buckets, slots, model.graph.backend)
+        self._max_tokens = shapes.buckets.token_sizes[-1]
+        self._num_computed = np.zeros(slots.num_data_shards * slots.slots_per_shard, np.int64)  # by slot
+
+    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+        """Compute the plan's rows up to their drafts, and draw those one after the other."""
+        for new in plan.new_slots:
+            self._num_computed[new.slot] = _NOTHING_YET
+        drawn = DrawnIds()
+        for step in self._first_passes(plan):
+            tokens = self._run(step, tokens, drawn)
+        most = max(map(len, plan.drafts.values()), default=0)
+        for index in range(1, most):
+            rows = [row for row, draft_ids in plan.drafts.items() if len(draft_ids) > index]
+            ends = [plan.starts[row] + plan.num_tokens[row] - len(plan.drafts[row]) for row in rows]
+            starts = [end + index - 1 for end in ends]
+            tokens = self._run(_Pass(plan, rows, starts, [1] * len(rows), [True] * len(rows)), tokens, drawn)
+        return tokens, drawn
+
+    def _first_passes(self, plan: StepPlan) -> list[_Pass]:
+        """All rows' tokens without drafts, and with the last draft of the step before where that held."""
+        rows = list(range(plan.num_rows))
+        counts = [len(plan.drafts.get(row, ())) for row in rows]
+        ends = [plan.starts[row] + plan.num_tokens[row] - counts[row] for row in rows]
+        starts = [min(plan.starts[row], int(self._num_computed[plan.slots[row]])) for row in rows]
+        for row in rows:
+            self._num_computed[plan.slots[row]] = ends[row] + max(counts[row] - 1, 0)
+        samples = [count > 0 for count in counts]
+        whole = _Pass(plan, rows, starts, [end - start for start, end in zip(starts, ends, strict=True)], samples)
+        if sum(whole.num_tokens) <= self._max_tokens:
+            return [whole]
+        late = [row for row in rows if starts[row] < plan.starts[row]]
+        owed = [plan.starts[row] - starts[row] for row in late]
+        own = [ends[row] - plan.starts[row] for row in rows]
+        return [
+            _Pass(plan, late, [starts[row] for row in late], owed, [False] * len(late)),
+            _Pass(plan, rows, plan.starts, own, samples),
+        ]
+
+    def _run(self, step: _Pass, tokens: jax.Array, drawn: DrawnIds) -> jax.Array:
+        """One pass of the model; where rows sample, a draft of each is drawn into the token table."""
+        plan = step.as_plan()
+        built = self._builder.build(plan)
+        _, rows, self._caches = self._programs.forward(
+            self._params,
+            self._caches,
+            tokens,
+            built.bucket,
+            [ForwardBatch.from_host(batch) for batch in built.batches],
+        )
+        if not len(built.places):
+            return tokens
+        variant, inputs = self._parameters.gather(*built.samples_of(plan))
+        tokens, sampled = self._programs.sample(
+            self._head, rows, tokens, [SampleBatch.from_host(batch) for batch in built.batches], inputs, variant
+        )
+        drawn_rows = [step.rows[index] for index in built.sample_rows.tolist()]
+        drawn.add(dict(zip(drawn_rows, built.places.tolist(), strict=True)), sampled.token_ids)
+        return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Some rows of a plan, with other tokens."""
+
+    plan: StepPlan
+    rows: list[int]
+    starts: list[int]
+    num_tokens: list[int]
+    samples: list[bool]
+
+    def as_plan(self) -> StepPlan:
+        return StepPlan(
+            step_id=self.plan.step_id,
+            request_ids=[self.plan.request_ids[row] for row in self.rows],
+            slots=[self.plan.slots[row] for row in self.rows],
+            starts=self.starts,
+            num_tokens=self.num_tokens,
+            samples=self.samples,
+        )

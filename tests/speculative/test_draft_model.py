@@ -1,0 +1,131 @@
+"""A draft model with K and V of its own: never another answer, and no draft refused where it is the model itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.engine import assembly
+from jaxserve.engine.core import EngineCore
+from jaxserve.errors import ConfigError
+from jaxserve.runner.memory import DeviceMemory
+from jaxserve.sampling_params import SamplingParams
+from tests.checkpoints import save_random_llama
+from tests.harness import greedy, run, tiny_config, tokens
+
+NUM_TOKENS = 24
+_rng = np.random.default_rng(13)
+_shared = _rng.integers(3, 320, 36).tolist()
+PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 33, 70)] + [[*_shared, 5], [*_shared, 6, 7]]
+PARAMS = [
+    greedy(NUM_TOKENS),
+    greedy(NUM_TOKENS, frequency_penalty=0.4, logprobs=2),
+    SamplingParams(seed=5, temperature=0.7, max_tokens=NUM_TOKENS, ignore_eos=True),
+    SamplingParams(seed=6, top_p=0.8, presence_penalty=0.5, max_tokens=NUM_TOKENS - 5, ignore_eos=True),
+    greedy(NUM_TOKENS - 3),
+    SamplingParams(seed=7, top_k=30, max_tokens=NUM_TOKENS - 9, ignore_eos=True),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model; one that nearly agrees with it; one of another shape that does not."""
+    from safetensors.numpy import load_file, save_file
+
+    model = save_random_llama(tmp_path_factory.mktemp("model"))
+    near = tmp_path_factory.mktemp("near")
+    numbers = np.random.default_rng(1)
+    weights = load_file(model / "model.safetensors")
+    for name, value in weights.items():
+        weights[name] = value + numbers.normal(size=value.shape, scale=0.01).astype(np.float32)
+    save_file(weights, near / "model.safetensors")
+    (near / "config.json").write_text((model / "config.json").read_text())
+    far = tmp_path_factory.mktemp("far")
+    save_random_llama(far, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    return {"itself": model, "near": near, "far": far}
+
+
+@pytest.fixture(scope="module")
+def wanted(folders: dict[str, Path]) -> list[list[int]]:
+    core = EngineCore(tiny_config(str(folders["itself"])))
+    answers = [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)]
+    core.shutdown()
+    return answers
+
+
+def drafting(folders: dict[str, Path], draft: str, **changes: Any) -> EngineCore:
+    speculative = {"model": str(folders[draft]), "num_speculative_tokens": 4, "adaptive": False}
+    return EngineCore(tiny_config(str(folders["itself"]), speculative_config=speculative, **changes))
+
+
+def check(core: EngineCore, wanted: list[list[int]]) -> float:
+    """Run twice, the second time from the prefix cache; returns the part of the drafts that was accepted."""
+    for _ in range(2):
+        assert [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)] == wanted
+    stats = core.stats()
+    assert stats.num_compiles_after_ready == 0
+    assert stats.kv_cache_usage == 0
+    core.shutdown()
+    assert stats.drafts.num_draft_tokens > 50
+    return stats.drafts.num_accepted_tokens / stats.drafts.num_draft_tokens
+
+
+WAYS = {
+    "batched": {},
+    "synchronous": {"async_scheduling": False},
+    "chunked": {"max_num_batched_tokens": 8, "token_buckets": (8,)},
+    "preempted": {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
+    "two devices": {"tensor_parallel_size": 2},
+}
+
+
+@pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS.keys())
+def test_the_model_itself_guesses_every_token_right(folders, wanted, changes) -> None:
+    core = drafting(folders, "itself", **changes)
+    assert check(core, wanted) > 0.99
+    assert core.stats().num_preemptions > 0 or "num_gpu_blocks_override" not in changes
+
+
+def test_a_model_that_nearly_agrees_saves_steps_and_changes_no_answer(folders, wanted) -> None:
+    assert 0.2 < check(drafting(folders, "near"), wanted) < 0.95
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])
+def test_a_model_of_another_shape_that_agrees_on_nothing_changes_no_answer(folders, wanted, changes) -> None:
+    assert check(drafting(folders, "far", **changes), wanted) < 0.2
+
+
+def test_a_pool_of_so_many_bytes_is_shared_between_both(folders) -> None:
+    size = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 1024 * 1024}
+    alone = EngineCore(tiny_config(str(folders["itself"]), **size))
+    both = drafting(folders, "itself", **size)
+    assert both.info.num_blocks == alone.info.num_blocks // 2
+    for core in (alone, both):
+        core.shutdown()
+
+
+def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, wanted, monkeypatch) -> None:
+    def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
+        return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
+
+    monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, num_useful: None)
+    monkeypatch.setattr(DeviceMemory, "read", read)
+    core = drafting(folders, "itself", num_gpu_blocks_override=None, max_num_seqs=64)
+    assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 8 * 4)
+    assert check(core, wanted) > 0.99
+
+
+def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -> None:
+    other = save_random_llama(tmp_path / "other", vocab_size=321, num_hidden_layers=1)
+    short = save_random_llama(tmp_path / "short", max_position_embeddings=64, num_hidden_layers=1)
+    odd = save_random_llama(tmp_path / "odd", num_key_value_heads=1, num_hidden_layers=1)
+    for folder, message, changes in (
+        (other, "has a vocabulary of 321 tokens, the model has 320", {}),
+        (short, "takes 64 tokens, max_model_len is 128", {}),
+        (odd, "draft model .*does not divide the model's num_key_value_heads", {"tensor_parallel_size": 2}),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            drafting(folders | {"bad": folder}, "bad", **changes)
