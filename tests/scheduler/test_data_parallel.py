@@ -9,6 +9,7 @@ from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.errors import InvalidRequestError, QueueFullError
 from jaxserve.outputs import FinishReason
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
+from jaxserve.scheduler.draft_planner import Drafter, NoDrafter
 from jaxserve.scheduler.plan import RowError, StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
@@ -17,19 +18,19 @@ from tests.scheduler.paged_device import make_request
 SLOTS = 4  # of a shard, padding included
 
 
-def scheduler_of(num_shards: int, **settings) -> DataParallelScheduler:
+def scheduler_of(num_shards: int, drafter: Drafter | None = None, **settings) -> DataParallelScheduler:
     shards = []
     for shard in range(num_shards):
         pool = BlockPool(16, 4)
         defaults = {"max_num_seqs": SLOTS - 1, "max_num_batched_tokens": 32, "max_model_len": 40}
         limits = SchedulerSettings(**(defaults | settings), max_queued_requests=100, first_slot=shard * SLOTS + 1)
-        shards.append(Scheduler(limits, pool, PrefixCache(pool)))
+        shards.append(Scheduler(limits, pool, PrefixCache(pool), drafter))
     return DataParallelScheduler(shards, max_queued_requests=4)
 
 
 def result_of(plan: StepPlan, **fields) -> StepResult:
     """Every row that samples gets the token 100 + its slot."""
-    token_ids = [100 + slot if samples else 0 for slot, samples in zip(plan.slots, plan.samples, strict=True)]
+    token_ids = [[100 + slot] if samples else [] for slot, samples in zip(plan.slots, plan.samples, strict=True)]
     return StepResult(step_id=plan.step_id, token_ids=token_ids, **fields)
 
 
@@ -76,6 +77,27 @@ def test_steps_in_flight_come_back_to_their_shards():
         for delta in scheduler.update(plan, result_of(plan)):
             given.setdefault(delta.request_id, []).extend(delta.token_ids)
     assert given == {"a": [101] * 3, "b": [105] * 3, "c": [102]}
+
+
+class OneGuess(NoDrafter):
+    """Guesses that each row goes on with the token 7."""
+
+    def draft(self, rooms, *, num_tokens, max_drafts):
+        return {index: [7] for index, room in enumerate(rooms) if room.max_drafts}
+
+
+def test_drafts_are_named_by_row_of_the_whole_plan_and_all_shards_wait_for_them():
+    scheduler = scheduler_of(2, OneGuess(), max_num_drafts=4)
+    add(scheduler, "a", "b", max_tokens=4)
+    plan = scheduler.schedule()
+    assert plan.drafts == {0: [7], 1: [7]}
+    add(scheduler, "c")
+    assert scheduler.schedule() is None
+    result = StepResult(step_id=plan.step_id, duration_s=0.1, token_ids=[[7, 8], [9]])
+    assert [delta.token_ids for delta in scheduler.update(plan, result)] == [[7, 8], [9]]
+    counts = scheduler.stats().drafts
+    assert (counts.num_draft_tokens, counts.num_accepted_tokens, counts.accepted_per_position) == (2, 1, (1,))
+    assert scheduler.schedule().request_ids == ["a", "c", "b"]
 
 
 def test_an_idle_shard_has_no_rows_and_an_aborted_request_leaves_none():
