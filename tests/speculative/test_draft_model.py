@@ -79,6 +79,7 @@ WAYS = {
     "chunked": {"max_num_batched_tokens": 8, "token_buckets": (8,)},
     "preempted": {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
     "two devices": {"tensor_parallel_size": 2},
+    "two data shards": {"data_parallel_size": 2},
 }
 
 
@@ -111,7 +112,7 @@ def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, 
     def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
         return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
 
-    monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, num_useful: None)
+    monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
     core = drafting(folders, "itself", num_gpu_blocks_override=None, max_num_seqs=64)
     assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 8 * 4)
@@ -121,11 +122,15 @@ def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, 
 def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -> None:
     other = save_random_llama(tmp_path / "other", vocab_size=321, num_hidden_layers=1)
     short = save_random_llama(tmp_path / "short", max_position_embeddings=64, num_hidden_layers=1)
-    odd = save_random_llama(tmp_path / "odd", num_key_value_heads=1, num_hidden_layers=1)
+    odd = save_random_llama(tmp_path / "odd", intermediate_size=45, num_hidden_layers=1)
     for folder, message, changes in (
         (other, "has a vocabulary of 321 tokens, the model has 320", {}),
         (short, "takes 64 tokens, max_model_len is 128", {}),
-        (odd, "draft model .*does not divide the model's num_key_value_heads", {"tensor_parallel_size": 2}),
+        (
+            odd,
+            r"draft model .*must divide num_attention_heads .* and intermediate_size \(45\)",
+            {"tensor_parallel_size": 2},
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             drafting(folders | {"bad": folder}, "bad", **changes)

@@ -133,11 +133,12 @@ def test_drafts_are_accepted_in_one_chunk_of_several_tokens(plain, speculative) 
     "changes",
     [
         {"tensor_parallel_size": 2},
+        {"data_parallel_size": 2},
         {"num_gpu_blocks_override": 33, "block_size": 4, "max_model_len": 100},
         {"max_num_batched_tokens": 8, "token_buckets": (8,)},
         {"async_scheduling": False, "enable_prefix_caching": False},
     ],
-    ids=["two devices", "preempted", "chunked", "synchronous"],
+    ids=["two devices", "two data shards", "preempted", "chunked", "synchronous"],
 )
 def test_greedy_answers_are_the_same_however_the_engine_runs(plain, checkpoint, monkeypatch, changes) -> None:
     params = [greedy(NUM_TOKENS), greedy(NUM_TOKENS), *(greedy(NUM_TOKENS, frequency_penalty=0.3) for _ in range(3))]
