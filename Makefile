@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 CODE := jaxserve pallas_kernels api tests
-TEST := -m pytest --numprocesses $(WORKERS) --dist loadgroup
+TEST := -m pytest --numprocesses $(WORKERS)
 python_of = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)' 2>/dev/null) \
 	$(wildcard $(HOME)/.pyenv/versions/$(1)*/bin/python$(1)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jaxtyping
@@ -27,17 +28,19 @@ if WORKER:  # of several (`make test`): JAX writes its compile cache without a l
     os.environ["JAXSERVE_CACHE_DIR"] = str(cache_dir() / "tests" / WORKER)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Say which tests must share a worker: those of the shared server, those of a file. Kernels share nothing."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        folder = item.path.relative_to(config.rootpath / "tests").parts[0]
-        if folder == "e2e" and "server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("server"))
-        elif folder != "kernels":
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of a file share a worker, and so do all of e2e, which share a server. Those of kernels share nothing."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            if file.startswith("tests/kernels/"):
+                return nodeid
+            return "tests/e2e" if file.startswith("tests/e2e/") else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
