@@ -76,12 +76,14 @@ def _processor() -> str:
 def _compile(compiler: str, path: Path) -> None:
     start = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sources = [str(source) for source in sorted(SOURCES.glob("*.cc"))]
+    sources = "".join(f'#include "{source}"\n' for source in sorted(SOURCES.glob("*.cc")))  # XLA's headers parsed once
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see all of the library, or none
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), *sources, "-o", str(built)]
+        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), "-x", "c++", "-", "-o", str(built)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+            done = subprocess.run(
+                command, input=sources, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UnavailableError(f"{compiler} failed: {error}") from error
         if done.returncode:
