@@ -1,9 +1,9 @@
 """The command line as a user meets it: flags from the config, errors in a line, and a quick `--help`."""
 
 import json
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -173,11 +173,12 @@ print(sorted(slow & sys.modules.keys()))
 
 
 def test_help_comes_within_half_a_second():
-    def seconds() -> float:
-        begin_s = time.perf_counter()
+    def seconds() -> float:  # of a processor, since other tests run beside this one; nothing here waits for a network
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run(
             [sys.executable, "-m", "jaxserve.cli.main", "--help"], check=True, capture_output=True, timeout=60
         )
-        return time.perf_counter() - begin_s
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert min(seconds() for _ in range(3)) < 0.5
