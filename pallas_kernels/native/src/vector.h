@@ -93,12 +93,11 @@ inline Vec exp_negative(Vec x) {
 }
 
 inline float sum(Vec v) {
-  float lanes[kLanes], total = 0;
+  float lanes[kLanes];
   store(lanes, v);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  total = lanes[0];
-  return total;
+  return lanes[0];
 }
 
 inline float max_of(Vec v) {
