@@ -1,0 +1,101 @@
+"""`jaxserve deploy`: several engines behind one address, as a Ray Serve application."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from jaxserve.cli.flags import Launch
+from jaxserve.cli.serve import DEFAULT_CORE, bind, serving_url, set_up_logging, warn_if_open
+from jaxserve.config import Config
+from jaxserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from jaxserve.deploy.session import Session
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent to anybody
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning of what this sets
+}
+
+_LOOPBACK_CLUSTER = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's own ports on 127.0.0.1, on Linux too
+
+
+def deploy(launch: Launch) -> None:
+    """Serve a model with several engines behind one address, on a Ray cluster. Ctrl-C as with serve."""
+    run_deployment(launch.load())
+
+
+def run_deployment(config: Config, *, core: str = DEFAULT_CORE) -> None:
+    """Deploy until a signal comes. `core` is the engine core's class as "module:attribute"."""
+    set_up_logging(config.server.log_level)
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if config.deploy.ray_address is None:
+        os.environ.setdefault(*_LOOPBACK_CLUSTER)
+    try:
+        import ray.serve  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"deploy needs Ray Serve ({error}); install it: pip install 'jaxserve[ray]'") from None
+    from jaxserve.deploy.resources import replica_resources
+    from jaxserve.deploy.session import Session
+
+    replica_resources(config)  # raises what no cluster can mend before one is started
+    if config.deploy.ray_address is None:
+        _free_port(config)
+    warn_if_open(config.server)
+    signals = _Signals()
+    session = Session(config, core=core)
+    try:
+        signals.install()
+        session.connect()
+        signals.install()  # Ray has put its own in their place
+        _run(session, config, signals)
+    except BaseException:
+        session.close(at_once=True)
+        raise
+    session.close()
+
+
+def _run(session: Session, config: Config, signals: _Signals) -> None:
+    from jaxserve.cli.startup_display import StartupDisplay
+
+    display = StartupDisplay()
+    port = _free_port(config) if session.is_on_the_head_node else config.server.port
+    session.start(port, display.show)
+    display.serving(serving_url(config.server, port), config.model.served_names)
+    signals.wait()
+    session.drain()
+
+
+def _free_port(config: Config) -> int:
+    """The port to serve at; raises `ConfigError` where it is taken. Another process binds it, so it is let go."""
+    with bind(config.server) as taken:
+        return taken.getsockname()[1]
+
+
+class _Signals:
+    """While starting a signal interrupts; then the first one ends `wait`, and the next one interrupts the draining."""
+
+    def __init__(self) -> None:
+        self._is_waiting = False
+        self._has_come = threading.Event()
+
+    def install(self) -> None:
+        """Take SIGINT and SIGTERM; call it in the main thread."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def wait(self) -> None:
+        """Return when a signal has come."""
+        self._is_waiting = True
+        self._has_come.wait()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._is_waiting:
+            raise KeyboardInterrupt
+        self._is_waiting = False
+        self._has_come.set()

@@ -1,0 +1,149 @@
+"""`Session`: a deployment from start to end: the Ray cluster, the application, the draining."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+
+from jaxserve import errors
+from jaxserve.config import Config
+from jaxserve.deploy.api_server import API_SERVERS, replicas_health
+from jaxserve.deploy.application import APP_NAME, make_application
+from jaxserve.deploy.logs import SERVE_LOGGING
+from jaxserve.deploy.resources import check_they_fit
+from jaxserve.engine.process import DEFAULT_CORE
+from jaxserve.errors import ConfigError, JaxserveError
+
+OBJECT_STORE_BYTES = 128 * 1024**2  # of a cluster of our own; requests and answers are small and pass by it
+_HEAD = "node:__internal_head__"  # the head node's own resource
+CONNECT_TIMEOUT_S = 5.0
+_POLL_S = 0.3
+_DRAIN_GRACE_S = 10.0  # on top of what the API servers need
+_USER_ERRORS = ("ConfigError", "CheckpointError", "TokenizerError")
+_USER_ERROR = re.compile(rf"jaxserve\.errors\.({'|'.join(_USER_ERRORS)}): (.+)")
+_FILES = ("model", "tokenizer", "chat_template", "compilation_cache_dir")  # settings that may be paths
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Owns the application, and the Ray cluster where `ray_address` names none. Use it in the main thread.
+
+    `connect`, `start`, `drain`, `close`; each may be left by a KeyboardInterrupt, after which `close` cleans up.
+    """
+
+    def __init__(self, config: Config, *, core: str = DEFAULT_CORE) -> None:
+        self._config = with_absolute_paths(config)
+        self._core = core
+        self._is_deployed = False
+
+    def connect(self) -> None:
+        """Join the cluster, or start one that this machine alone can reach; raises `ConfigError`."""
+        address = self._config.deploy.ray_address
+        # Every process's log, tracebacks of each try included, would drown ours.
+        options: dict[str, Any] = {
+            "log_to_driver": self._config.server.log_level == "debug",
+            "logging_level": logging.WARNING,
+        }
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        if address is not None:
+            _check_address(address)
+        try:
+            if address is None:
+                ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
+            else:
+                ray.init(address, **options)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            doing = "start a Ray cluster" if address is None else f"join the Ray cluster at ray_address {address!r}"
+            raise ConfigError(f"cannot {doing}: {reason}") from None
+
+    @property
+    def is_on_the_head_node(self) -> bool:
+        """Whether the address to serve at will be this machine's."""
+        here = ray.get_runtime_context().get_node_id()
+        return any(node["NodeID"] == here and _HEAD in node["Resources"] for node in ray.nodes())
+
+    def start(self, port: int, on_progress: Callable[[str], None]) -> None:
+        """Deploy and wait until engines answer; raises `ConfigError` and other errors that say why they do not."""
+        server = self._config.server
+        check_they_fit(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        application = make_application(self._config, core=self._core)
+        if serve.status().applications.get(APP_NAME) is not None:
+            raise ConfigError(f"the Ray cluster runs an application {APP_NAME!r} already; end that one first")
+        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=server.host, port=port), SERVE_LOGGING)
+        self._is_deployed = True
+        serve.run_many(
+            [serve.RunTarget(application, APP_NAME, server.root_path or "/", SERVE_LOGGING)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+        said = ""
+        while (app := serve.status().applications[APP_NAME]).status is not ApplicationStatus.RUNNING:
+            _check_progress(app)
+            if (news := replicas_health(APP_NAME).detail) != said:
+                said = news
+                on_progress(news)
+            time.sleep(_POLL_S)
+
+    def drain(self) -> None:
+        """Refuse new requests, and give the running ones `shutdown_timeout_s` to finish."""
+        timeout_s = self._config.server.shutdown_timeout_s
+        servers = serve.get_deployment_handle(API_SERVERS, APP_NAME)
+        servers.broadcast("drain", timeout_s).results(timeout_s=timeout_s + _DRAIN_GRACE_S, return_exceptions=True)
+
+    def close(self, *, at_once: bool = False) -> None:
+        """Take the application away, and the cluster that `connect` started. `at_once` does not wait for replicas."""
+        if not ray.is_initialized():
+            return
+        is_ours = self._config.deploy.ray_address is None
+        if self._is_deployed and not (at_once and is_ours):
+            serve.delete(APP_NAME, _blocking=not at_once)
+        ray.shutdown()
+
+
+def _check_address(address: str) -> None:
+    """Raise `ConfigError` where nothing listens; Ray itself would try for ten minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or "/" in host:
+        raise ConfigError(f"ray_address must be host:port or auto, got {address!r}")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {error}") from None
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The config with files named from the root: engines run in another working directory."""
+    flat = {**config.model.model_dump(), **config.runtime.model_dump()}
+    found = {name: flat[name] for name in _FILES if flat[name] and Path(flat[name]).exists()}
+    config = config.with_values(**{name: os.path.abspath(path) for name, path in found.items()})
+    drafts = config.speculative.speculative_config
+    if drafts is not None and drafts.model and Path(drafts.model).exists():
+        values = drafts.model_dump() | {"model": os.path.abspath(drafts.model)}
+        config = config.with_values(speculative_config=values)
+    return config
+
+
+def _check_progress(app: ApplicationStatusOverview) -> None:
+    """Raise where an engine or an API server says that trying again cannot help, or Serve has given up."""
+    text = "\n".join([*(deployment.message for deployment in app.deployments.values()), app.message])
+    found = _USER_ERROR.search(text)
+    if found is not None:
+        raise getattr(errors, found[1])(found[2].strip())
+    if app.status in (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY):
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        raise JaxserveError(f"the engines did not start: {lines[-1] if lines else 'Ray Serve does not say why'}")
