@@ -51,7 +51,7 @@ class PrefixIndex:
 
     def num_blocks(self, replica: str) -> int:
         """Blocks that the replica is thought to hold."""
-        return len(self._blocks[replica])
+        return len(self._blocks.get(replica, ()))
 
     def insert(self, replica: str, hashes: list[bytes]) -> None:
         """Note that the replica computes, or uses, these blocks of one prompt."""

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ OBJECT_STORE_BYTES = 128 * 1024**2  # of a cluster of our own; requests and answ
 _HEAD = "node:__internal_head__"  # the head node's own resource
 CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.3
+_END_AT_ONCE_S = 5.0
 _DRAIN_GRACE_S = 10.0  # on top of what the API servers need
 _USER_ERRORS = ("ConfigError", "CheckpointError", "TokenizerError")
 _USER_ERROR = re.compile(rf"jaxserve\.errors\.({'|'.join(_USER_ERRORS)}): (.+)")
@@ -80,8 +82,10 @@ class Session:
         server = self._config.server
         check_they_fit(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         application = make_application(self._config, core=self._core)
-        if serve.status().applications.get(APP_NAME) is not None:
-            raise ConfigError(f"the Ray cluster runs an application {APP_NAME!r} already; end that one first")
+        if serve.status().proxies:
+            raise ConfigError(
+                "Ray Serve runs on this cluster already, at an address of its own; end it first ('serve shutdown')"
+            )
         serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=server.host, port=port), SERVE_LOGGING)
         self._is_deployed = True
         serve.run_many(
@@ -104,12 +108,14 @@ class Session:
         servers.broadcast("drain", timeout_s).results(timeout_s=timeout_s + _DRAIN_GRACE_S, return_exceptions=True)
 
     def close(self, *, at_once: bool = False) -> None:
-        """Take the application away, and the cluster that `connect` started. `at_once` does not wait for replicas."""
+        """Take the application away, and the cluster that `connect` started. `at_once` does not wait for requests."""
         if not ray.is_initialized():
             return
         is_ours = self._config.deploy.ray_address is None
         if self._is_deployed and not (at_once and is_ours):
-            serve.delete(APP_NAME, _blocking=not at_once)
+            ending = threading.Thread(target=serve.shutdown, daemon=True)
+            ending.start()
+            ending.join(_END_AT_ONCE_S if at_once else None)  # Serve goes on by itself
         ray.shutdown()
 
 
