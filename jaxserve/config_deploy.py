@@ -38,6 +38,9 @@ class DeploySettings(Settings):
     ray_address: str | None = Field(
         default=None, min_length=1, description="Ray cluster to run on, host:port or auto. [one on this machine]"
     )
+    wait_for_nodes_s: float = Field(
+        default=0.0, ge=0, description="Seconds that nodes of ray_address have to join, until all engines fit."
+    )
     replica_resources: Annotated[dict[str, float] | None, BeforeValidator(parse_object)] = Field(
         default=None, description='Ray resources an engine takes, such as {"CPU": 2, "GPU": 4}. [its devices]'
     )

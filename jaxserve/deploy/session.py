@@ -80,7 +80,7 @@ class Session:
     def start(self, port: int, on_progress: Callable[[str], None]) -> None:
         """Deploy and wait until engines answer; raises `ConfigError` and other errors that say why they do not."""
         server = self._config.server
-        check_they_fit(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        self._wait_for_nodes(on_progress)
         application = make_application(self._config, core=self._core)
         if serve.status().proxies:
             raise ConfigError(
@@ -100,6 +100,21 @@ class Session:
                 said = news
                 on_progress(news)
             time.sleep(_POLL_S)
+
+    def _wait_for_nodes(self, on_progress: Callable[[str], None]) -> None:
+        """Return when the cluster has room; raises `ConfigError` when it still has none at the end of the wait."""
+        deadline_s = time.monotonic() + self._config.deploy.wait_for_nodes_s
+        said = ""
+        while True:
+            try:
+                return check_they_fit(self._config, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+            except ConfigError as error:
+                if time.monotonic() >= deadline_s:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    on_progress(f"waiting for nodes: {said}")
+                time.sleep(_POLL_S)
 
     def drain(self) -> None:
         """Refuse new requests, and give the running ones `shutdown_timeout_s` to finish."""

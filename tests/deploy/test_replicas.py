@@ -110,7 +110,8 @@ def test_a_client_that_leaves_frees_its_replica(deployment):
     names = ("jaxserve:num_requests_running", "jaxserve:num_requests_waiting")
     body = {"prompt": "abc", "max_tokens": 200, "ignore_eos": True, "n": 64, "stream": True}
     with httpx.stream("POST", f"{deployment.url}/v1/completions", json=body, timeout=60) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # closing them would close the stream
+        next(lines)
         wait_for(lambda: sum(samples(deployment, names[0]).values()) > 0, 10, "news of the running request")
     wait_for(
         lambda: (
