@@ -39,10 +39,10 @@ _STAGES = (
     Stage(name="device", title="device", share_s=20, silence_s=20),
     Stage(name="correctness", title="kernels against their oracle", share_s=80, silence_s=50),
     Stage(name="engine_tokens", title="the engine's greedy tokens", share_s=80, silence_s=60),
-    Stage(name="decode_attention", title="decode attention", share_s=45, silence_s=25),
-    Stage(name="prefill_attention", title="prefill attention", share_s=35, silence_s=25),
+    Stage(name="decode_attention", title="decode attention", share_s=45, silence_s=45),
+    Stage(name="prefill_attention", title="prefill attention", share_s=35, silence_s=35),
     Stage(name="torch_attention", title="PyTorch's attention", share_s=25, silence_s=20, is_peer=True),
-    Stage(name="decode_step", title="decode step", share_s=75, silence_s=60),
+    Stage(name="decode_step", title="decode step", share_s=75, silence_s=75),
     Stage(name="throughput", title="throughput", share_s=80, silence_s=110),
     Stage(
         name="transformers_batching", title="transformers' continuous batching", share_s=40, silence_s=75, is_peer=True

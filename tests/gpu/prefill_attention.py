@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Literal
 
@@ -22,10 +22,11 @@ def works(sizes: Sizes) -> list[str]:
 
 
 def prepare(sizes: Sizes, names: list[str]) -> Callable[[str], dict[str, Any]]:
-    """Starts to compile all lengths at once."""
+    """Compiles all lengths at once, before anything is timed."""
     pool = ThreadPoolExecutor(len(sizes.prompts))
     runs = {name: prefill_run(sizes, int(name.partition("/")[2])) for name in names if name.startswith("prompts/")}
     futures = {name: pool.submit(_compiled, run) for name, run in runs.items()}
+    wait(futures.values())
 
     def measure(name: str) -> dict[str, Any]:
         if name == "product":

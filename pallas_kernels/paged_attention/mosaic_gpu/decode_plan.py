@@ -85,6 +85,19 @@ def rows_per_token(group: int) -> int:
     return 8 if group <= 8 else 16
 
 
+def rows_between_heads(group: int) -> int:
+    """Rows of the queries in memory from one KV head's to the next one's: `group`, or that many padded.
+
+    A copy into swizzled tiles brings what lies between two multiples of 8 rows, and zeros for the rest of its box; so
+    a KV head's queries must not reach over such a multiple, and 8 or more of them must begin at one.
+
+    >>> [rows_between_heads(group) for group in (1, 2, 3, 4, 7, 8, 12, 16)]
+    [1, 2, 8, 4, 8, 8, 16, 16]
+    """
+    padded = rows_per_token(group)
+    return group if padded % group == 0 and (group <= 8 or group == padded) else padded
+
+
 def decode_sizes(
     *,
     geometry: AttentionGeometry,
