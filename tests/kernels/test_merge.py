@@ -17,10 +17,8 @@ KV_HEADS, HEAD_DIM, NUM_PARTIALS, NUM_TOKENS = 2, 8, 7, 12
 def make_plan(merges, tokens_per_tile) -> DecodePlan:
     padded = np.zeros((4, 4), np.int32)
     padded[: len(merges)] = np.reshape(merges, (-1, 4))
-    none = np.zeros((0, 8), np.int32)
     return DecodePlan(
-        items=none,
-        num_items=none,
+        items=np.zeros((0, 8), np.int32),
         merges=padded,
         tokens_per_tile=tokens_per_tile,
         num_partials=NUM_PARTIALS,
@@ -65,9 +63,7 @@ def softmax(scores, values, sink):
 @pytest.mark.parametrize(("group", "tokens_per_tile"), [(1, 1), (5, 8), (16, 4)])
 def test_parts_give_the_softmax_of_the_whole(group, tokens_per_tile, has_sinks):
     rng = np.random.default_rng(0)
-    plan = make_plan(
-        [(2, 1, 0, 5), (4, min(3, tokens_per_tile), 5, 2)], tokens_per_tile
-    )  # 5: more than are read at once
+    plan = make_plan([(2, 1, 0, 5), (4, min(3, tokens_per_tile), 5, 2)], tokens_per_tile)
     partials, expected = split_softmax(plan, group, rng)
     sinks = rng.normal(size=KV_HEADS * group) * 3 if has_sinks else None
     before = np.full((NUM_TOKENS, KV_HEADS * group, HEAD_DIM), 7.0, np.float32)

@@ -143,7 +143,7 @@ class _Decode:
         rows = rows.reshape(-1, self.head_dim)
         # Copies through swizzled tiles see whole tiles of 8 rows only; the interpreter knows no copies past the end.
         rows = with_more_rows(rows, -len(rows) % 8 + (self.token_rows if self.wg.interpret else 0))
-        operands = [rows, k_pool, v_pool, block_tables, plan.items, plan.num_items]
+        operands = [rows, k_pool, v_pool, block_tables, plan.items]
         if sinks is not None:
             operands.append(sinks_by_row(sinks, self.kv_heads, ROWS, self.token_rows))
         options: dict[str, Any] = {"interpret": gpu_interpret_params()} if self.wg.interpret else {}
@@ -191,18 +191,19 @@ class _Decode:
         ]
 
     def _body(self, *refs: Any) -> None:
-        inputs, refs = refs[: 6 + self.has_sinks], refs[6 + self.has_sinks :]
+        inputs, refs = refs[: 5 + self.has_sinks], refs[5 + self.has_sinks :]
         results, scratch = refs[: 3 if self.num_partials else 1], refs[3 if self.num_partials else 1 :]
-        given = (*inputs, *[None] * (7 - len(inputs)), *results, *[None] * (3 - len(results)))
+        given = (*inputs, *[None] * (6 - len(inputs)), *results, *[None] * (3 - len(results)))
         operands, shared = Operands(*given), Shared(*scratch)
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
-        num_works = operands.num_items[0] * self.kv_heads
+        num_items = operands.items[lax.div(block, jnp.int32(self.kv_heads)), Item.NUM_ITEMS]  # beside its first item
+        num_works = num_items * self.kv_heads
         rounds = lax.div(num_works - block + jnp.int32(self.num_blocks - 1), jnp.int32(self.num_blocks))
 
         def work_of(turn: jax.Array) -> Work:
             index = block + turn * self.num_blocks
             item, head = lax.div(index, jnp.int32(self.kv_heads)), lax.rem(index, jnp.int32(self.kv_heads))
-            return Work(turn, head, *(operands.items[item, column] for column in Item))
+            return Work(turn, head, *(operands.items[item, column] for column in Item if column != Item.NUM_ITEMS))
 
         @pl.when(warpgroup == 0)
         def _() -> None:

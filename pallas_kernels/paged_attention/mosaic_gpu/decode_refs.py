@@ -43,7 +43,6 @@ class Operands(NamedTuple):
     v: Any
     block_tables: Any  # i32[rows, blocks_per_seq]
     items: Any  # i32[items, 8]
-    num_items: Any  # i32[1]
     sinks: Any  # f32[kv_heads, ROWS], log2(e) times the sink of each row's head
     out: Any  # [tokens * q_heads, head_dim]
     partial_out: Any  # f32[partials, kv_heads, tile rows, head_dim]

@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, Me
 from pallas_kernels.paged_attention.mosaic_gpu.product import Warpgroup
 
 LOG2E = math.log2(math.e)
-_AT_ONCE = 4  # partials that are read together: what each read waits for, they wait for once
+_READ_AT_ONCE = 8192  # numbers: what each read of a partial waits for, several wait for once; a thread holds 64 of them
 
 
 class Partials(NamedTuple):
@@ -106,10 +106,11 @@ class _Merge:
     ) -> jax.Array:
         """f32[token_rows, head_dim]. Each thread knows all weights: they are few, and one number a row."""
         rows = range(self.token_rows)
+        at_once = max(_READ_AT_ONCE // (self.token_rows * self.head_dim), 1)
 
         def add(turn: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
             acc, highest, total = carry
-            indices = [turn * _AT_ONCE + index for index in range(_AT_ONCE)]
+            indices = [turn * at_once + index for index in range(at_once)]
             partials = [first + jnp.minimum(index, count - 1) for index in indices]
             parts = [self.wg.load_plain(values.at[part, head, pl.ds(in_tile, self.token_rows)]) for part in partials]
             logs = [
@@ -131,7 +132,7 @@ class _Merge:
         else:
             highest, total = [sinks[row] for row in rows], [jnp.float32(1.0) for _ in rows]
         start = self.wg.full_plain((self.token_rows, self.head_dim), 0.0), highest, total
-        acc, _, total = lax.fori_loop(0, lax.div(count + jnp.int32(_AT_ONCE - 1), jnp.int32(_AT_ONCE)), add, start)
+        acc, _, total = lax.fori_loop(0, lax.div(count + jnp.int32(at_once - 1), jnp.int32(at_once)), add, start)
         return acc * self._by_row([1.0 / each for each in total])
 
     def _by_row(self, scalars: list[jax.Array]) -> jax.Array:

@@ -15,9 +15,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.tiles import DTYPES, HEAD_DIMS
 MAX_DECODE_TOKENS = 16  # rows of up to this many query tokens belong to the decode kernel
 COMPUTE_WARPGROUPS = 2  # of a thread block, each with a part of its own of the item's tokens
 MAX_FOLDED_HEADS = 8  # more would leave a head fewer than 8 of the 64 rows, the unit of a swizzled tile
-_ALIGNED = (
-    8  # tokens: a copy into swizzled tiles takes what lies between two multiples of 8 rows, and zeros for the rest
-)
+_ALIGNED = 8  # tokens: a copy into swizzled tiles takes what lies between two multiples of 8 rows, then zeros
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
