@@ -6,9 +6,7 @@ from pallas_kernels.paged_attention import AttentionGeometry
 from pallas_kernels.paged_attention.runs import AttentionRun
 from tests.gpu.sizes import Sizes
 
-CHAINS_AT_ONCE = (
-    8  # under way: a program of hundreds of arguments takes the host longer than its first calls the device
-)
+CHAINS_AT_ONCE = 8  # under way: the host takes long for a program of hundreds of arguments
 
 
 def geometry_of(sizes: Sizes) -> AttentionGeometry:

@@ -1,17 +1,9 @@
 """Paged attention for few query tokens a row on NVIDIA Hopper (Pallas Mosaic GPU): split over keys, TMA and wgmma.
 
-For whoever first runs this on a GPU. The kernel compiles for an H100 and its values were checked by Pallas's
-interpreter on a CPU, where products are plain dots (see product.py). These were never run on a device:
-
-- wgmma itself: the operands' swizzled tiles, the transposed K, the accumulator that stays in registers, and the
-  layouts of P and of the row sums;
-- copies that reach past the end of q (`_load_queries`): TMA fills with zeros what it cannot read, a run on the CPU
-  pads q;
-- the rows of V zeroed by ordinary stores between TMA's write and wgmma's read (`_zero_unseen_values`);
-- the two result buffers that share memory (`Warpgroup.either`);
-- registers decide how many thread blocks a multiprocessor holds; nothing here was timed.
-
-Check first head_dim 128, block size 64, one row of 64 tokens; then a row of 65; then NaN in unread slots.
+All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100, and 1024 keys a row take 83 to 99 % of the rate at
+which it copies from 32 rows on (docs/results/nvidia-h100-80gb-hbm3). A run on the CPU checks values with plain dots (see
+product.py); what it cannot show is what only a device did: wgmma and its layouts, swizzled copies, the order of stores
+and products.
 """
 
 import dataclasses
