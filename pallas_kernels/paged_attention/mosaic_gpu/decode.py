@@ -1,9 +1,9 @@
 """Paged attention for few query tokens a row on NVIDIA Hopper (Pallas Mosaic GPU): split over keys, TMA and wgmma.
 
-All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100, and 1024 keys a row take 83 to 99 % of the rate at
-which it copies from 32 rows on (docs/results/nvidia-h100-80gb-hbm3). A run on the CPU checks values with plain dots (see
-product.py); what it cannot show is what only a device did: wgmma and its layouts, swizzled copies, the order of stores
-and products.
+All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100. From 32 rows of 1024 keys on it reads at 83 to
+99 % of the rate at which the device copies (docs/results/nvidia-h100-80gb-hbm3). A run on the CPU checks values with
+plain dots (see product.py). What that cannot show, a device did: wgmma and its layouts, swizzled copies, the order of
+stores and products.
 """
 
 import dataclasses

@@ -13,9 +13,9 @@ at the tensor cores: one multiplies while the other is at its softmax. Memory tr
 a KV head once for each item and group of heads, mostly out of the L2 cache.
 
 All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100, and a prompt of 8192 tokens takes 527 TFLOP/s
-(docs/results/nvidia-h100-80gb-hbm3). Tiles of 64 keys are slower. Not tried there: the registers (232 and 40 spill), the
-kernel without turns (`_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0
-to 12.9.0 miscompiles causal masks, so `check_supported` passes them over, as jax's own kernel does.
+(docs/results/nvidia-h100-80gb-hbm3). Tiles of 64 keys are slower. Not tried there: the registers (232 and 40 spill),
+the kernel without turns (`_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0 to 12.9.0 miscompiles
+causal masks, so `check_supported` passes them over, as jax's own kernel does.
 """
 
 import dataclasses
@@ -432,20 +432,16 @@ class _Prefill:
             rows = s.rows_out.at[warpgroup]
             self.product.store_slowly(rows.at[:, pl.ds(0, self.geometry.head_dim)], result)
             plgpu.commit_smem()
-            self._store_rows(g, item, rows, first_token, first, end)
+
+            @pl.loop(first, end)
+            def _(token: jax.Array) -> None:
+                for head in range(self.heads):
+                    plgpu.copy_smem_to_gmem(
+                        rows.at[head * self.tokens + token, pl.ds(0, self.geometry.head_dim)],
+                        g.out.at[first_token + token, item.first_head + head],
+                    )
 
         plgpu.wait_smem_to_gmem(0)
-
-    def _store_rows(
-        self, g: Global, item: Item, rows: Any, first_token: jax.Array, first: jax.Array, end: jax.Array
-    ) -> None:
-        @pl.loop(first, end)
-        def _(token: jax.Array) -> None:
-            for head in range(self.heads):
-                plgpu.copy_smem_to_gmem(
-                    rows.at[head * self.tokens + token, pl.ds(0, self.geometry.head_dim)],
-                    g.out.at[first_token + token, item.first_head + head],
-                )
 
 
 def _take_turn(s: Shared) -> None:
