@@ -22,7 +22,7 @@ _INTRODUCTION = """# What the compilers say
 
 Written by `make compile-check`, which compiles every kernel and the runner's sharded programs ahead of time with the
 compilers of the devices, on a machine that has none of them. That a program compiles says nothing of its values, and
-nothing of its speed: **no GPU and no TPU ran any of this.**
+nothing of its speed; what a GPU showed is in [gpu-check.md](gpu-check.md), and no TPU ran any of this.
 
 A check fails where a GPU kernel spills a register, where a program makes an array as large as a KV pool or keeps a
 pool out of its donated argument, where a kernel is given an address that it was not compiled for, where temporaries

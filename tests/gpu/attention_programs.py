@@ -6,6 +6,8 @@ from pallas_kernels.paged_attention import AttentionGeometry
 from pallas_kernels.paged_attention.runs import AttentionRun
 from tests.gpu.sizes import Sizes
 
+CHAINS_AT_ONCE = 8  # under way: the host takes long for a program of hundreds of arguments
+
 
 def geometry_of(sizes: Sizes) -> AttentionGeometry:
     """Of the model that steps are timed with."""

@@ -30,7 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the stages, write after each what there is, and print the table."""
     asked = _parser().parse_args(arguments)
     sizes = TOY if asked.toy else QUICK if asked.quick else FULL
-    run = Check(sizes, [STAGES["device"], *(STAGES[name] for name in asked.stages if name != "device")], asked.out)
+    stages = [STAGES["device"], *(STAGES[name] for name in asked.stages if name != "device")]
+    run = Check(sizes, stages, asked.out, keep=asked.keep)
     run.all_stages()
     print(report.table(run.so_far().table))
     print(f"written to {run.folder}" if run.folder else "nothing written: the device is unknown, and --out not given")
@@ -47,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--toy", action="store_true", help="tiny sizes on the XLA path of a CPU: tests the command itself"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep stages of earlier runs in the folder that this one does not run"
+    )
     parser.add_argument("--out", type=Path, help="folder for the JSON and the table [docs/results/<device>]")
     return parser
 
@@ -62,12 +66,13 @@ def _stage_names(text: str) -> list[str]:
 class Check:
     """A run: its stages, the time they have, and what they gave so far."""
 
-    def __init__(self, sizes: Sizes, stages: Sequence[Stage], out: Path | None) -> None:
+    def __init__(self, sizes: Sizes, stages: Sequence[Stage], out: Path | None, *, keep: bool = False) -> None:
         self.sizes = sizes
         self.stages = stages
         self.folder = out
-        self.results: dict[str, dict[str, Outcome]] = {}
-        self._stage_seconds: dict[str, float] = {}
+        self.keep = keep
+        self._kept: dict[str, report.StageRun] = {}
+        self._stages: dict[str, report.StageRun] = {}
         self._begin_s = time.monotonic()
         self._date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
@@ -78,20 +83,27 @@ class Check:
             kind = self.so_far().device.get("kind")
             if kind is not None:
                 self.folder = self.folder or ROOT / "docs" / "results" / report.folder_name(kind)
+            if self.keep and index == 0 and self.folder is not None:
+                self._kept = report.earlier_stages(self.folder, self.sizes)
             if self.folder is not None:
                 report.write(self.so_far(), self.folder)
             if kind is None:
                 return
 
+    @property
+    def results(self) -> dict[str, dict[str, Outcome]]:
+        """Works of the stages that this run has done."""
+        return {name: stage.works for name, stage in self._stages.items()}
+
     def so_far(self) -> report.Run:
-        """What there is to report."""
+        """What there is to report, in the stages' order."""
+        stages = self._kept | self._stages
         return report.Run(
             sizes=self.sizes,
             date=self._date,
             command=" ".join(["python -m tests.gpu.check", *sys.argv[1:]]),
             seconds=time.monotonic() - self._begin_s,
-            stage_seconds=self._stage_seconds,
-            results=self.results,
+            stages={name: stages[name] for name in sorted(stages, key=_place)},
         )
 
     def _limit_s(self, index: int) -> float:
@@ -110,8 +122,15 @@ class Check:
             environ=_environ(os.environ, self.sizes),
             on_outcome=_show,
         )
-        self._stage_seconds[stage.name] = time.monotonic() - begin_s
-        self.results[stage.name] = {outcome.name: outcome for outcome in outcomes}
+        self._stages[stage.name] = report.StageRun(
+            date=self._date,
+            seconds=time.monotonic() - begin_s,
+            works={outcome.name: outcome for outcome in outcomes},
+        )
+
+
+def _place(stage: str) -> int:
+    return list(STAGES).index(stage)
 
 
 def _works(stage: Stage, sizes: Sizes) -> list[str]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.isolation import Outcome
 from tests.gpu.judging import Line, Results, lines
 from tests.gpu.plan import STAGES, TOTAL_S
 from tests.gpu.sizes import Sizes
@@ -20,15 +21,28 @@ _TOY_NOTE = "A toy run on whatever device: it shows that the command works, and 
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StageRun:
+    """What a stage gave, and when."""
+
+    date: str
+    seconds: float
+    works: dict[str, Outcome]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """What a run has so far."""
+    """What a run has so far, with the stages that it keeps of earlier ones."""
 
     sizes: Sizes
     date: str
     command: str
     seconds: float
-    stage_seconds: dict[str, float]
-    results: Results
+    stages: dict[str, StageRun]
+
+    @property
+    def results(self) -> Results:
+        """Works by stage."""
+        return {name: stage.works for name, stage in self.stages.items()}
 
     @property
     def device(self) -> dict[str, Any]:
@@ -54,6 +68,27 @@ def folder_name(device_kind: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
 
 
+def earlier_stages(folder: Path, sizes: Sizes) -> dict[str, StageRun]:
+    """Those that a run of the same sizes wrote there; none if there is no such file.
+
+    ValueError for a run of other sizes: its figures say nothing beside these.
+    """
+    path = folder / "gpu-check.json"
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    if record["sizes"] != json.loads(json.dumps(dataclasses.asdict(sizes))):
+        raise ValueError(f"{path} holds a run of other sizes ({record['sizes']['name']}): nothing of it can be kept")
+    return {
+        name: StageRun(
+            date=stage["date"],
+            seconds=stage["seconds"],
+            works={work: Outcome(**_numbers(outcome)) for work, outcome in stage["works"].items()},
+        )
+        for name, stage in record["stages"].items()
+    }
+
+
 def write(run: Run, folder: Path) -> None:
     """Write gpu-check.json and gpu-check.md."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +103,8 @@ def markdown(run: Run) -> str:
     told = f"{run.date}; {versions or 'versions unknown'}; CUDA runtime {device.get('cuda_runtime')}."
     counts = Counter(line.verdict for line in run.table if line.verdict)
     summary = ", ".join(f"{count} {verdict}" for verdict, count in sorted(counts.items())) or "none judged"
-    times = ", ".join(f"{STAGES[name].title} {seconds:.0f} s" for name, seconds in run.stage_seconds.items())
+    times = ", ".join(f"{STAGES[name].title} {stage.seconds:.0f} s" for name, stage in run.stages.items())
+    kept = sorted({f"{name} of {stage.date}" for name, stage in run.stages.items() if stage.date < run.date})
     return "\n".join(
         [
             f"# gpu-check on {device.get('kind', 'an unknown device')}",
@@ -82,6 +118,7 @@ def markdown(run: Run) -> str:
             table(run.table),
             "",
             f"Took {run.seconds:.0f} s of {TOTAL_S:.0f}: {times}. Command: `{run.command}`.",
+            *([f"Kept from earlier runs: {', '.join(kept)}."] if kept else []),
             "",
         ]
     )
@@ -107,10 +144,11 @@ def _record(run: Run) -> dict[str, Any]:
         "limit_s": TOTAL_S,
         "stages": {
             name: {
-                "seconds": run.stage_seconds.get(name),
-                "works": {work: dataclasses.asdict(outcome) for work, outcome in works.items()},
+                "date": stage.date,
+                "seconds": stage.seconds,
+                "works": {work: dataclasses.asdict(outcome) for work, outcome in stage.works.items()},
             }
-            for name, works in run.results.items()
+            for name, stage in run.stages.items()
         },
         "table": [dataclasses.asdict(line) for line in run.table],
     }
@@ -123,3 +161,12 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(value: Any) -> Any:
+    """Undoes `_finite`."""
+    if isinstance(value, dict):
+        return {key: _numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_numbers(inner) for inner in value]
+    return float(value) if value in ("inf", "-inf", "nan") else value

@@ -9,7 +9,8 @@ import pytest
 from tests.gpu.check import Check, main
 from tests.gpu.judging import is_sound
 from tests.gpu.plan import STAGES, Stage
-from tests.gpu.sizes import TOY
+from tests.gpu.report import earlier_stages
+from tests.gpu.sizes import QUICK, TOY
 
 PEERS = ["torch_attention", "transformers_batching"]  # half a minute for PyTorch and transformers to start
 OURS = [name for name in STAGES if name not in PEERS]
@@ -37,6 +38,7 @@ def test_every_stage_of_ours_runs_at_toy_sizes(monkeypatch, tmp_path):
 def test_pytorch_stands_beside_at_toy_sizes(monkeypatch, tmp_path):
     status, record = run(monkeypatch, tmp_path, "--toy", "--stages", "torch_attention")
     assert status == 0
+    assert list(record["stages"]) == ["device", "torch_attention"]
     assert all(work["value"]["us"] > 0 for work in record["stages"]["torch_attention"]["works"].values())
 
 
@@ -48,6 +50,27 @@ def test_a_stage_that_cannot_start_is_named_and_the_run_goes_on(monkeypatch, tmp
     assert "KeyError: 'no_such_stage'" in str(run.results[broken.name]["import"].error)
     assert run.results["prefill_attention"]["product"].error is None
     assert not is_sound(run.results)
+
+
+def test_stages_of_an_earlier_run_are_kept_with_their_date(monkeypatch, tmp_path):
+    first, second = (Check(TOY, [STAGES["device"]], tmp_path, keep=True) for _ in range(2))
+    first._date, second._date = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+    first.stages = [STAGES["device"], STAGES["prefill_attention"]]
+    for check in (first, second):
+        check.all_stages()
+    stages = json.loads((tmp_path / "gpu-check.json").read_text())["stages"]
+    assert {name: stage["date"][:10] for name, stage in stages.items()} == {
+        "device": "2026-01-02",
+        "prefill_attention": "2026-01-01",
+    }
+    assert stages["prefill_attention"]["works"]["product"]["value"]["flops_per_s"] > 0
+    assert "Kept from earlier runs: prefill_attention of 2026-01-01" in (tmp_path / "gpu-check.md").read_text()
+
+
+def test_nothing_is_kept_of_a_run_of_other_sizes(tmp_path):
+    Check(TOY, [STAGES["device"]], tmp_path).all_stages()
+    with pytest.raises(ValueError, match="other sizes"):
+        earlier_stages(tmp_path, QUICK)
 
 
 def test_without_a_gpu_the_check_says_so(monkeypatch, tmp_path, capsys):

@@ -132,9 +132,9 @@ def test_the_shares_are_the_whole_time():
 
 
 def run_of(results: Results, sizes: Sizes = FULL) -> report.Run:
-    return report.Run(
-        sizes=sizes, date="2026-01-01", command="check", seconds=1.0, stage_seconds={"device": 1.0}, results=results
-    )
+    day = "2026-01-01"
+    stages = {name: report.StageRun(date=day, seconds=1.0, works=dict(works)) for name, works in results.items()}
+    return report.Run(sizes=sizes, date=day, command="check", seconds=1.0, stages=stages)
 
 
 def test_a_run_is_written_as_json_and_as_a_table(tmp_path):

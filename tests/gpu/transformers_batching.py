@@ -42,7 +42,8 @@ def _measure(sizes: Sizes) -> dict[str, Any]:
     )
     model = _model(torch, sizes)
     prompts = [request.prompt_token_ids for request in workload.requests(sizes.model["vocab_size"])]
-    with torch.inference_mode(), model.continuous_batching_context_manager(generation_config=generation) as manager:
+    # It generates in a thread of its own, which an inference mode here does not reach: tensors of both would meet.
+    with model.continuous_batching_context_manager(generation_config=generation) as manager:
         for prompt in prompts:
             manager.add_request(prompt, max_new_tokens=sizes.throughput_output, streaming=True)
         count, seconds = _counted(manager, requests, sizes)

@@ -45,7 +45,7 @@ def build(query_lens, kv_lens, *, geometry, num_tokens, num_rows, blocks_per_seq
 
 
 def items_of(plan: DecodePlan) -> np.ndarray:
-    return np.asarray(plan.items)[: int(plan.num_items[0])]
+    return np.asarray(plan.items)[: int(plan.items[0, Item.NUM_ITEMS])]
 
 
 def visible(query_lens, kv_lens, window, num_tokens) -> np.ndarray:

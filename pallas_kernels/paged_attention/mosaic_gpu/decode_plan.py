@@ -18,7 +18,7 @@ H100_SMS = 132  # and of an H200
 
 
 class Item(enum.IntEnum):
-    """Columns of `DecodePlan.items`; the eighth is unused, so that an item is one sector of memory."""
+    """Columns of `DecodePlan.items`: one sector of memory, which is all that a thread block must read to begin."""
 
     ROW = 0  # of the block table
     TOKEN = 1  # first query token
@@ -27,6 +27,7 @@ class Item(enum.IntEnum):
     KV_LO = 4  # a multiple of MIN_CHUNK
     KV_HI = 5  # KV_LO: no key, the tokens are padding and get zeros
     PARTIAL = 6  # where the partial result goes; `num_partials`: the item has all keys and writes the result
+    NUM_ITEMS = 7  # of the plan, the same in all rows; those after them mean nothing else
 
 
 class Merge(enum.IntEnum):
@@ -49,7 +50,6 @@ class DecodePlan:
     """
 
     items: jax.Array  # i32[items, 8], see Item
-    num_items: jax.Array  # i32[1]; those after them mean nothing
     merges: jax.Array  # i32[merges, 4], see Merge; empty merges at the end
     tokens_per_tile: int  # static
     num_partials: int  # static
@@ -58,7 +58,7 @@ class DecodePlan:
 
 jax.tree_util.register_dataclass(
     DecodePlan,
-    data_fields=["items", "num_items", "merges"],
+    data_fields=["items", "merges"],
     meta_fields=["tokens_per_tile", "num_partials", "num_sms"],
 )
 
@@ -83,6 +83,19 @@ class DecodeSizes:
 def rows_per_token(group: int) -> int:
     """Rows of a query tile that a token takes: its query heads, padded to whole swizzle tiles of 8 rows."""
     return 8 if group <= 8 else 16
+
+
+def rows_between_heads(group: int) -> int:
+    """Rows of the queries in memory from one KV head's to the next one's: `group`, or that many padded.
+
+    A copy into swizzled tiles brings what lies between two multiples of 8 rows, and zeros for the rest of its box; so
+    a KV head's queries must not reach over such a multiple, and 8 or more of them must begin at one.
+
+    >>> [rows_between_heads(group) for group in (1, 2, 3, 4, 7, 8, 12, 16)]
+    [1, 2, 8, 4, 8, 8, 16, 16]
+    """
+    padded = rows_per_token(group)
+    return group if padded % group == 0 and (group <= 8 or group == padded) else padded
 
 
 def decode_sizes(
@@ -116,7 +129,7 @@ def decode_sizes(
 
 def decode_plan_shapes(*, geometry: AttentionGeometry, sizes: DecodeSizes) -> tuple[DecodePlan, ...]:
     """ShapeDtypeStructs of a plan for each of the geometry's windows."""
-    shapes = {"items": (sizes.items, 8), "num_items": (1,), "merges": (sizes.merges, 4)}
+    shapes = {"items": (sizes.items, 8), "merges": (sizes.merges, 4)}
     plan = _plan({name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}, sizes)
     return (plan,) * len(geometry.sliding_windows)
 
@@ -187,13 +200,13 @@ def _plan_window(tiles: np.ndarray, padding: np.ndarray, window: int | None, siz
     items = np.zeros((sizes.items, 8), np.int32)
     items[: len(work)] = work[longest_first]
     items[len(work) : len(work) + len(padding)] = padding
+    items[:, Item.NUM_ITEMS] = len(work) + len(padding)
     merges = np.zeros((sizes.merges, 4), np.int32)
     parts = counts[is_split]
     used = merges[: len(parts)]
     used[:, Merge.TOKEN], used[:, Merge.NUM_TOKENS] = tiles[is_split][:, (Item.TOKEN, Item.NUM_TOKENS)].T
     used[:, Merge.FIRST], used[:, Merge.COUNT] = np.cumsum(parts) - parts, parts
-    num_items = np.asarray([len(work) + len(padding)], np.int32)
-    return _plan({"items": items, "num_items": num_items, "merges": merges}, sizes)
+    return _plan({"items": items, "merges": merges}, sizes)
 
 
 def _plan(leaves: dict[str, Any], sizes: DecodeSizes) -> DecodePlan:

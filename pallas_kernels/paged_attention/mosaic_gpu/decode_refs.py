@@ -38,17 +38,15 @@ class Softmax(NamedTuple):
 class Operands(NamedTuple):
     """Refs in global memory."""
 
-    q: Any  # [tokens * q_heads, head_dim]
+    q: Any  # [tokens * kv_heads * rows_between_heads, head_dim], and rows that nobody uses
     k: Any  # [num_blocks, block_size, kv_heads, head_dim]
     v: Any
     block_tables: Any  # i32[rows, blocks_per_seq]
     items: Any  # i32[items, 8]
-    num_items: Any  # i32[1]
     sinks: Any  # f32[kv_heads, ROWS], log2(e) times the sink of each row's head
     out: Any  # [tokens * q_heads, head_dim]
     partial_out: Any  # f32[partials, kv_heads, tile rows, head_dim]
-    partial_top: Any  # f32[partials, kv_heads, ROWS]
-    partial_total: Any  # f32[partials, kv_heads, ROWS]
+    partial_log_weight: Any  # f32[partials, kv_heads, ROWS]
 
 
 class Shared(NamedTuple):
@@ -58,8 +56,7 @@ class Shared(NamedTuple):
     k: Any  # [stages, kv_tile, head_dim]
     v: Any
     results: Any  # [ROWS, head_dim], in f32 and in the output's dtype
-    top: Any  # f32[ROWS]
-    total: Any  # f32[ROWS]
+    log_weight: Any  # f32[ROWS]
     q_arrived: Any  # [query_stages]
     k_arrived: Any  # [stages]
     v_arrived: Any

@@ -1,60 +1,155 @@
-"""Merges the partial results of query tiles whose keys several thread blocks shared."""
+"""Merges the partial results of query tiles whose keys several thread blocks shared (Pallas Mosaic GPU)."""
 
+import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.compat import gpu_interpret_params, gpu_operand
 from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, Merge, rows_per_token
+from pallas_kernels.paged_attention.mosaic_gpu.product import Warpgroup
 
 LOG2E = math.log2(math.e)
+_READ_AT_ONCE = 8192  # numbers: what each read of a partial waits for, several wait for once; a thread holds 64 of them
 
 
 class Partials(NamedTuple):
-    """Sums of an online softmax over some of the keys. Slots that no item wrote hold anything."""
+    """Softmaxes over some of the keys. Slots that no item wrote, and rows that are padding, hold anything."""
 
     out: jax.Array  # f32[partials, kv_heads, tile rows, head_dim], rows token-major, heads padded to whole tiles
-    top: jax.Array  # f32[partials, kv_heads, >= tile rows], the highest score times log2(e)
-    total: jax.Array  # f32[partials, kv_heads, >= tile rows], sum of exp2(score - top)
+    log_weight: jax.Array  # f32[partials, kv_heads, >= tile rows], log2 of the sum of exp(score); MASKED: no key
 
 
-def merge_partials(out: jax.Array, partials: Partials, plan: DecodePlan, sinks: jax.Array | None) -> jax.Array:
-    """`out` [tokens, q_heads, head_dim] with the rows of the plan's merges set.
+def merge_partials(
+    out: jax.Array, partials: Partials, plan: DecodePlan, sinks: jax.Array | None, *, interpret: bool = False
+) -> jax.Array:
+    """`out` [tokens, q_heads, head_dim] with the rows of the plan's merges set; donated, it changes in place.
 
-    With weights w_i = exp2(top_i - max top) the merged row is sum(w_i out_i) / sum(w_i total_i); a sink counts once,
-    as one more logit without a value. Plain XLA: partials are at most as many as fill the device, so they stay in the
-    L2 cache, and one masked product merges them all however many each tile has.
+    With weights w_i = exp2(log_weight_i - highest) a merged row is sum(w_i out_i) / sum(w_i); a sink counts once, as
+    one more weight without a value. Grid (merges, KV heads, tokens of a tile), of which those without work end at
+    once; a thread block reads its token's rows of each partial, mostly from the L2 cache.
     """
-    first, count = plan.merges[:, Merge.FIRST], plan.merges[:, Merge.COUNT]
-    index = jnp.arange(plan.num_partials, dtype=jnp.int32)
-    belongs = (index >= first[:, None]) & (index < (first + count)[:, None])  # [merges, partials]
     kv_heads, tile_rows, head_dim = partials.out.shape[1:]
+    num_merges = plan.merges.shape[0]
+    if num_merges == 0:
+        return out
     group = out.shape[1] // kv_heads
-    token_rows = rows_per_token(group)
-    top, total = (x[..., :tile_rows] for x in (partials.top, partials.total))
+    kernel = _Merge(
+        wg=Warpgroup(interpret=interpret),
+        group=group,
+        token_rows=rows_per_token(group),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        dtype=out.dtype,
+        has_sinks=sinks is not None,
+    )
+    interpreter = gpu_interpret_params() if interpret else None
+    operands = [*partials, plan.merges]
+    if sinks is not None:
+        operands.append(sinks_by_row(sinks, kv_heads, kernel.token_rows, kernel.token_rows))
+    out_ref: Any = jax.new_ref(out.reshape(-1, head_dim), memory_space=plgpu.GMEM)
+    call: Any = pl.kernel(
+        kernel.body,
+        out_type=(),
+        mesh=plgpu.Mesh(
+            grid=(num_merges, kv_heads, tile_rows // kernel.token_rows), grid_names=("merge", "head", "token")
+        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        interpret=interpreter,
+        name="merge_partials",
+    )
+    call(*(gpu_operand(jnp.asarray(x), interpret=interpreter) for x in operands), out_ref)
+    return jax.freeze(out_ref).reshape(out.shape)
 
-    mask = belongs[..., None, None]  # [merges, partials, kv_heads, tile_rows]
-    highest = jnp.where(mask, top, MASKED).max(axis=1)  # [merges, kv_heads, tile_rows]
-    sink = None if sinks is None else sinks_by_row(sinks, kv_heads, tile_rows, token_rows)
-    highest = highest if sink is None else jnp.maximum(highest, sink)
-    weights = jnp.where(mask, jnp.exp2(top - highest[:, None]), 0.0)
-    sums = jnp.where(mask, weights * total, 0.0).sum(axis=1)
-    sums = sums if sink is None else sums + jnp.exp2(sink - highest)
-    # A merge gives the partials of others a weight of 0, which does not silence a NaN in a row that nobody wrote.
-    row_token = jnp.arange(tile_rows, dtype=jnp.int32) // token_rows
-    is_written = belongs[..., None] & (row_token < plan.merges[:, Merge.NUM_TOKENS, None, None])
-    values = jnp.where(is_written.any(axis=0)[:, None, :, None], partials.out, 0.0)
-    merged = jnp.einsum("mpkr,pkrd->mkrd", weights, values, precision=jax.lax.Precision.HIGHEST)
-    merged = merged / sums[..., None]
 
-    by_token = merged.reshape(-1, kv_heads, plan.tokens_per_tile, token_rows, head_dim)[..., :group, :]
-    by_token = by_token.swapaxes(1, 2).reshape(-1, *out.shape[1:]).astype(out.dtype)  # [merges * tokens_per_tile, ...]
-    in_tile = jnp.arange(plan.tokens_per_tile, dtype=jnp.int32)
-    tokens = plan.merges[:, Merge.TOKEN, None] + in_tile
-    tokens = jnp.where(in_tile < plan.merges[:, Merge.NUM_TOKENS, None], tokens, out.shape[0])
-    return out.at[tokens.reshape(-1)].set(by_token, mode="drop")
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Merge:
+    """The kernel: what is known when it compiles, and its body."""
+
+    wg: Warpgroup
+    group: int
+    token_rows: int
+    kv_heads: int
+    head_dim: int
+    dtype: Any
+    has_sinks: bool
+
+    def body(self, values: Any, log_weights: Any, merges: Any, *refs: Any) -> None:
+        """One token of one merge, for one KV head."""
+        sinks, out = (refs[0] if self.has_sinks else None), refs[-1]
+        merge, head, token = (lax.axis_index(name) for name in ("merge", "head", "token"))
+        in_tile = token * self.token_rows
+
+        @pl.when(token < merges[merge, Merge.NUM_TOKENS])
+        def _() -> None:
+            first, count = merges[merge, Merge.FIRST], merges[merge, Merge.COUNT]
+            sink = None if sinks is None else sinks.at[head]
+            merged = self._sums(values, log_weights, sink, head, in_tile, first, count).astype(self.dtype)
+            row = ((merges[merge, Merge.TOKEN] + token) * self.kv_heads + head) * self.group
+
+            def store(result: Any) -> None:
+                result[...] = merged
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(result.at[pl.ds(0, self.group)], out.at[pl.ds(row, self.group)])
+                plgpu.wait_smem_to_gmem(0)
+
+            pl.run_scoped(store, plgpu.SMEM((self.token_rows, self.head_dim), self.dtype))
+
+    def _sums(
+        self, values: Any, log_weights: Any, sinks: Any, head: Any, in_tile: Any, first: Any, count: Any
+    ) -> jax.Array:
+        """f32[token_rows, head_dim]. Each thread knows all weights: they are few, and one number a row."""
+        rows = range(self.token_rows)
+        at_once = max(_READ_AT_ONCE // (self.token_rows * self.head_dim), 1)
+
+        def add(turn: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            acc, highest, total = carry
+            indices = [turn * at_once + index for index in range(at_once)]
+            partials = [first + jnp.minimum(index, count - 1) for index in indices]
+            parts = [self.wg.load_plain(values.at[part, head, pl.ds(in_tile, self.token_rows)]) for part in partials]
+            logs = [
+                [jnp.where(index < count, log_weights[part, head, in_tile + row], MASKED) for row in rows]
+                for index, part in zip(indices, partials, strict=True)
+            ]
+            highest, before = [_highest([highest[row], *(log[row] for log in logs)]) for row in rows], highest
+            decay = [jnp.exp2(old - new) for old, new in zip(before, highest, strict=True)]
+            total = [total[row] * decay[row] for row in rows]
+            acc = acc * self._by_row(decay)
+            for log, part in zip(logs, parts, strict=True):
+                weights = [jnp.exp2(log[row] - highest[row]) for row in rows]
+                total = [total[row] + weights[row] for row in rows]
+                acc = acc + part * self._by_row(weights)
+            return acc, highest, total
+
+        if sinks is None:
+            highest, total = [jnp.float32(MASKED) for _ in rows], [jnp.float32(0.0) for _ in rows]
+        else:
+            highest, total = [sinks[row] for row in rows], [jnp.float32(1.0) for _ in rows]
+        start = self.wg.full_plain((self.token_rows, self.head_dim), 0.0), highest, total
+        acc, _, total = lax.fori_loop(0, lax.div(count + jnp.int32(at_once - 1), jnp.int32(at_once)), add, start)
+        return acc * self._by_row([1.0 / each for each in total])
+
+    def _by_row(self, scalars: list[jax.Array]) -> jax.Array:
+        """f32[token_rows, head_dim]: each row filled with its scalar."""
+        shape = (self.token_rows, self.head_dim)
+        row = self.wg.iota_plain(shape, 0)
+        filled = self.wg.full_plain(shape, scalars[0])
+        for index, scalar in enumerate(scalars[1:], start=1):
+            filled = jnp.where(row == index, scalar, filled)
+        return filled
+
+
+def _highest(scalars: list[jax.Array]) -> jax.Array:
+    highest = scalars[0]
+    for scalar in scalars[1:]:
+        highest = jnp.maximum(highest, scalar)
+    return highest
 
 
 def sinks_by_row(sinks: jax.Array, kv_heads: int, tile_rows: int, token_rows: int) -> jax.Array:

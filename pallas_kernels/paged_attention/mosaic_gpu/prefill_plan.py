@@ -15,24 +15,27 @@ from pallas_kernels.paged_attention.mosaic_gpu.tiles import DTYPES, HEAD_DIMS
 MAX_DECODE_TOKENS = 16  # rows of up to this many query tokens belong to the decode kernel
 COMPUTE_WARPGROUPS = 2  # of a thread block, each with a part of its own of the item's tokens
 MAX_FOLDED_HEADS = 8  # more would leave a head fewer than 8 of the 64 rows, the unit of a swizzled tile
+_ALIGNED = 8  # tokens: a copy into swizzled tiles takes what lies between two multiples of 8 rows, then zeros
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPlan:
-    """Items of up to `tokens_per_item` neighbouring query tokens of one row; items past the last have no tokens.
+    """Items of up to `tokens_per_item` neighbouring tokens of the batch; items past the last have no tokens.
 
-    A row of 70 tokens after 100 computed ones, at token 5 of the batch, in items of 32 tokens:
+    Items begin at multiples of 8 tokens, so the first item of a row may begin with tokens of the row before it: those
+    whose position is less than the row's computed length. A row of 70 tokens after 100 computed ones, at token 13 of
+    the batch, in items of 32 tokens:
 
-        first_tokens      69     37     5        0
-        num_tokens         6     32    32        0
-        first_positions  164    132   100        0
+        first_tokens      72     40     8        0
+        num_tokens        11     32    32        0
+        first_positions  159    127    95        0     the five tokens before 100 are not the row's
         computed_lens    100    100   100        0
     """
 
     rows: jax.Array  # i32[items]
     first_tokens: jax.Array  # i32[items], index of the first token in the batch
-    num_tokens: jax.Array  # i32[items], 0: nothing to do
-    first_positions: jax.Array  # i32[items], position of the first token in its sequence
+    num_tokens: jax.Array  # i32[items], those before the row's first included; 0: nothing to do
+    first_positions: jax.Array  # i32[items], position of the first token, were it the row's: may be negative
     computed_lens: jax.Array  # i32[items], position of the row's first query token
 
 
@@ -77,11 +80,12 @@ def num_items(*, group: int, num_tokens: int, num_rows: int) -> int:
     """Length of a bucket's work list: all full items that the tokens make, and a partial one for each prefill row.
 
     >>> num_items(group=4, num_tokens=512, num_rows=8)
-    24
+    25
     >>> num_items(group=4, num_tokens=16, num_rows=4)
     0
     """
-    return num_tokens // tokens_per_item(group) + min(num_rows, num_tokens // (MAX_DECODE_TOKENS + 1))
+    prefill_rows = min(num_rows, num_tokens // (MAX_DECODE_TOKENS + 1))
+    return (num_tokens + prefill_rows * (_ALIGNED - 1)) // tokens_per_item(group) + prefill_rows
 
 
 def prefill_plan_shapes(*, geometry: AttentionGeometry, num_tokens: int, num_rows: int) -> PrefillPlan:
@@ -107,9 +111,10 @@ def build_prefill_plan(
     """
     size = tokens_per_item(geometry.group)
     prefill_rows = np.flatnonzero(query_lens > MAX_DECODE_TOKENS)
-    counts = -(-query_lens[prefill_rows] // size)
+    before = starts[: len(query_lens)] % _ALIGNED  # tokens of the rows before, in each row's first item
+    counts = -(-(query_lens + before)[prefill_rows] // size)
     rows = np.repeat(prefill_rows, counts)
-    offsets = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * size  # of the item in its row
+    offsets = (np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)) * size - before[rows]
     computed = (kv_lens - query_lens)[rows]
     lengths = np.minimum(query_lens[rows] - offsets, size)
     order = np.argsort(-(computed + offsets + lengths), kind="stable")

@@ -40,8 +40,9 @@ class Item(NamedTuple):
     """What a thread block computes; i32 scalars."""
 
     row: Any
-    first_token: Any
-    num_tokens: Any
+    first_token: Any  # a multiple of 8
+    num_before: Any  # tokens at the item's beginning that are of the row before
+    num_tokens: Any  # those included
     first_position: Any
     first_readable: Any  # slots of the row before this position may hold anything,
     kv_len: Any  # and from this one on

@@ -1,6 +1,7 @@
 """Matrix products of one warpgroup, and the register arrays they make: wgmma on a GPU, a plain dot when interpreted."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.compat import gpu_load, gpu_store_slowly
 
+_THREADS = 128  # of a warpgroup
 ROWS = 64  # of wgmma's first operand, per warpgroup; a larger tile has a multiple of it
 
 _ACCUMULATOR: Any = vars(plgpu)["ACC"]  # its import in there is not an export to type checkers
@@ -75,6 +77,20 @@ class Warpgroup:
             return lax.broadcasted_iota(jnp.int32, shape, axis)
         return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA)
 
+    def full_plain(self, shape: tuple[int, int], value: Any) -> jax.Array:
+        """f32[rows, columns], laid out as the threads find it in memory."""
+        return self._as(jnp.full(shape, value, jnp.float32), _plain(shape))
+
+    def load_plain(self, ref: Any) -> jax.Array:
+        """f32[rows, columns] from global memory, laid out as the threads find it."""
+        return ref[...] if self.interpret else gpu_load(ref, layout=_plain(ref.shape), optimized=False)
+
+    def iota_plain(self, shape: tuple[int, int], axis: int) -> jax.Array:
+        """i32[rows, columns], laid out as f32 of that shape in memory."""
+        if self.interpret:
+            return lax.broadcasted_iota(jnp.int32, shape, axis)
+        return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_plain(shape))
+
     def over_columns(self, rows: jax.Array, columns: int) -> jax.Array:
         """[rows] -> [rows, columns]."""
         return lax.broadcast_in_dim(rows, (rows.shape[0], columns), (0,))
@@ -121,6 +137,17 @@ class Warpgroup:
 
     def _as(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
+
+
+def _plain(shape: tuple[int, ...]) -> Any:
+    """Neighbouring elements in neighbouring threads, as many side by side in each as one access of 16 bytes moves."""
+    a_thread = math.prod(shape) // _THREADS
+    return plgpu.Layout.WG_STRIDED(shape, vec_size=math.gcd(a_thread, 4))
+
+
+def with_more_rows(x: jax.Array, extra: int) -> jax.Array:
+    """[rows + extra, ...]: zeros at the end; x itself where there is nothing to add."""
+    return jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1))) if extra else x
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
