@@ -149,6 +149,7 @@ class ReplicasClient:
                     if output is not None:
                         is_finished = output.finished
                         yield output
+            live.stream = None  # it has ended by itself
             if not is_finished:
                 raise _ReplicaLostError("its answer ended too soon")
         except _ReplicaLostError:
@@ -206,7 +207,7 @@ def _ray_errors_said_in_ours() -> Iterator[None]:
 
 
 def _cancel(live: _LiveRequest) -> None:
-    """Let the replica stop, if one is at it; a request that has ended is left alone by Ray."""
+    """Let the replica stop, if one is at it."""
     if live.stream is not None:
         live.stream.cancel()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +13,9 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from jaxserve import errors
@@ -28,7 +29,6 @@ from jaxserve.errors import ConfigError, JaxserveError
 
 OBJECT_STORE_BYTES = 128 * 1024**2  # of a cluster of our own; requests and answers are small and pass by it
 _HEAD = "node:__internal_head__"  # the head node's own resource
-CONNECT_TIMEOUT_S = 5.0
 _POLL_S = 0.3
 _END_AT_ONCE_S = 5.0
 _DRAIN_GRACE_S = 10.0  # on top of what the API servers need
@@ -49,6 +49,7 @@ class Session:
         self._config = with_absolute_paths(config)
         self._core = core
         self._is_deployed = False
+        self._said = ""
 
     def connect(self) -> None:
         """Join the cluster, or start one that this machine alone can reach; raises `ConfigError`."""
@@ -59,8 +60,6 @@ class Session:
             "logging_level": logging.WARNING,
         }
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        if address is not None:
-            _check_address(address)
         try:
             if address is None:
                 ray.init("local", include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **options)
@@ -93,13 +92,22 @@ class Session:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        said = ""
         while (app := serve.status().applications[APP_NAME]).status is not ApplicationStatus.RUNNING:
             _check_progress(app)
-            if (news := replicas_health(APP_NAME).detail) != said:
-                said = news
-                on_progress(news)
+            self._say_news(on_progress)
             time.sleep(_POLL_S)
+
+    def watch(self, on_progress: Callable[[str], None]) -> None:
+        """Say how many engines run, if that has changed; raises `JaxserveError` when the cluster is gone."""
+        try:
+            self._say_news(on_progress)
+        except (RayError, RayServeException) as error:
+            raise JaxserveError(f"the Ray cluster does not answer any more: {str(error).splitlines()[0]}") from error
+
+    def _say_news(self, on_progress: Callable[[str], None]) -> None:
+        if (news := replicas_health(APP_NAME).detail) != self._said:
+            self._said = news
+            on_progress(news)
 
     def _wait_for_nodes(self, on_progress: Callable[[str], None]) -> None:
         """Return when the cluster has room; raises `ConfigError` when it still has none at the end of the wait."""
@@ -132,19 +140,6 @@ class Session:
             ending.start()
             ending.join(_END_AT_ONCE_S if at_once else None)  # Serve goes on by itself
         ray.shutdown()
-
-
-def _check_address(address: str) -> None:
-    """Raise `ConfigError` where nothing listens; Ray itself would try for ten minutes."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or "/" in host:
-        raise ConfigError(f"ray_address must be host:port or auto, got {address!r}")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"no Ray cluster answers at ray_address {address!r}: {error}") from None
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -60,7 +60,7 @@ def test_more_replicas_than_the_cluster_has_room_for(launch_file, ray_cluster):
 
 
 def test_a_config_that_no_engine_starts_with(launch_file, ray_cluster):
-    flags = ("--ray-address", ray_cluster.address, "--port", "0", "--max-model-len", "4096")
+    flags = ("--ray-address", ray_cluster.address, "--port", "0", "--num-replicas", "1", "--max-model-len", "4096")
     assert "max_model_len is 4096, but the model's max_position_embeddings is 256" in fails(str(launch_file), *flags)
 
 
