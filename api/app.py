@@ -14,12 +14,11 @@ from api.disconnect import ClientDisconnectedError
 from api.errors import handle_http_exception, handle_request_error
 from api.middleware import ApiKey, BodyLimit, RequestScope
 from api.routes import completions, models, service, tokens
-from api.state import ServerState
+from api.state import Metrics, ServerState
 from api.token_names import TokenNames
 from jaxserve.config import ServerSettings
 from jaxserve.engine.client import EngineClient
 from jaxserve.errors import RequestError
-from jaxserve.metrics import ServerMetrics
 from jaxserve.tokenizer.chat_template import ChatTemplate
 
 _CLIENT_CLOSED_REQUEST = 499  # nginx's word for it; seen in metrics alone
@@ -44,7 +43,7 @@ def create_app(
     engine: EngineClient,
     config: ServerSettings,
     *,
-    metrics: ServerMetrics | None = None,
+    metrics: Metrics | None = None,
     chat_template: ChatTemplate | None = None,
 ) -> Starlette:
     """Build the app. `chat_template` is the tokenizer's own unless given; `metrics` are shared with the engine client.

@@ -21,7 +21,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from api.protocol import Protocol
-from api.state import ServerState
+from api.state import ABORT_GRACE_S, ServerState
 from jaxserve.config import ServerSettings
 
 Result = TypeVar("Result")
@@ -29,7 +29,6 @@ Result = TypeVar("Result")
 _log = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_ABORT_GRACE_S = 2.0  # for aborted requests to tell their clients
 _CANCEL_GRACE_S = 0.5  # for what a forced end cuts off
 _KEEP_ALIVE_S = 75  # longer than the 60 s after which common proxies drop an idle connection
 
@@ -128,15 +127,11 @@ class Server(uvicorn.Server):
             await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
 
     async def _drain(self) -> None:
-        in_flight = self._state.in_flight
-        in_flight.is_draining = True
-        _log.info("shutting down: %d requests have %g s to finish", in_flight.num_http, self._timeout_s)
         try:
             async with asyncio.TaskGroup() as tasks:
                 hook = tasks.create_task(self._tell_drain())
-                if not await in_flight.wait_idle(self._timeout_s):
-                    await self._abort_running()
-                await asyncio.wait((hook,), timeout=_ABORT_GRACE_S)
+                await self._state.drain(self._timeout_s)
+                await asyncio.wait((hook,), timeout=ABORT_GRACE_S)
                 hook.cancel()
         finally:
             self.should_exit = True
@@ -147,13 +142,6 @@ class Server(uvicorn.Server):
                 await self._on_drain()
         except Exception:  # noqa: BLE001 - a failing hook must not keep the server from ending
             _log.exception("the drain hook failed")
-
-    async def _abort_running(self) -> None:
-        in_flight = self._state.in_flight
-        _log.warning("aborting %d requests that did not finish in time", in_flight.num_http)
-        for request_id in list(in_flight.request_ids):
-            await self._state.engine.abort(request_id)
-        await in_flight.wait_idle(_ABORT_GRACE_S)
 
 
 def _uvicorn_config(app: Starlette, config: ServerSettings) -> uvicorn.Config:
@@ -170,5 +158,5 @@ def _uvicorn_config(app: Starlette, config: ServerSettings) -> uvicorn.Config:
         access_log=config.enable_log_requests,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=int(_ABORT_GRACE_S),
+        timeout_graceful_shutdown=int(ABORT_GRACE_S),
     )

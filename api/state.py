@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from starlette.requests import Request
 
@@ -12,8 +14,19 @@ from api.token_names import TokenNames
 from jaxserve.config import ServerSettings
 from jaxserve.engine.client import EngineClient, EngineState
 from jaxserve.errors import ModelNotFoundError, ServerDrainingError
-from jaxserve.metrics import ServerMetrics
 from jaxserve.tokenizer.chat_template import ChatTemplate
+
+ABORT_GRACE_S = 2.0  # for aborted requests to tell their clients
+
+_log = logging.getLogger(__name__)
+
+
+class Metrics(Protocol):
+    """What the API tells of its replies, and shows of the server; `ServerMetrics` is one."""
+
+    def observe_http(self, *, handler: str, method: str, status: int, duration_s: float) -> None: ...
+
+    async def collect(self) -> bytes: ...
 
 
 @dataclass(slots=True)
@@ -53,7 +66,7 @@ class ServerState:
 
     engine: EngineClient
     config: ServerSettings
-    metrics: ServerMetrics | None
+    metrics: Metrics | None
     token_names: TokenNames
     chat_template: ChatTemplate | None  # None: chats are refused
     in_flight: InFlight = field(default_factory=InFlight)
@@ -74,6 +87,17 @@ class ServerState:
         served = self.engine.model_info.served_names
         if name is not None and name not in served:
             raise ModelNotFoundError(f"the model {name[:200]!r} does not exist; this server serves {', '.join(served)}")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, give those in flight `timeout_s` to finish, then abort them and let them say so."""
+        self.in_flight.is_draining = True
+        _log.info("shutting down: %d requests have %g s to finish", self.in_flight.num_http, timeout_s)
+        if await self.in_flight.wait_idle(timeout_s):
+            return
+        _log.warning("aborting %d requests that did not finish in time", self.in_flight.num_http)
+        for request_id in list(self.in_flight.request_ids):
+            await self.engine.abort(request_id)
+        await self.in_flight.wait_idle(ABORT_GRACE_S)
 
 
 def server_state(request: Request) -> ServerState:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from jaxserve.config_deploy import DeploySettings
 from jaxserve.config_file import read_launch_file, unknown_setting
 from jaxserve.config_speculative import SpeculativeSettings
 from jaxserve.config_values import Settings, as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
@@ -155,6 +156,7 @@ class Config(Settings):
     parallel: ParallelSettings = ParallelSettings()
     runtime: RuntimeSettings = RuntimeSettings()
     server: ServerSettings = ServerSettings()
+    deploy: DeploySettings = DeploySettings()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -106,17 +106,15 @@ class ServerMetrics:
         self._success = {
             reason: success.labels(finished_reason=reason.value, **self._labels) for reason in FinishReason
         }
-        self._http_requests = Counter(
-            "http_requests", "HTTP requests.", ["handler", "method", "status"], registry=self._registry
-        )
-        self._http_duration = Histogram(
-            "http_request_duration_seconds", "Time to the end of the reply.",
-            ["handler", "method"], buckets=_HTTP_BUCKETS_S, registry=self._registry,
-        )  # fmt: skip
+        self._http = HttpMetrics(self._registry)
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format; serve with `CONTENT_TYPE`."""
         return generate_latest(self._registry)
+
+    async def collect(self) -> bytes:
+        """What GET /metrics answers: those of this process, which are the whole server's."""
+        return self.render()
 
     def set_core_info(self, info: CoreInfo) -> None:
         """Publish what is fixed for this engine, as labels of a gauge that is always 1."""
@@ -149,8 +147,7 @@ class ServerMetrics:
 
     def observe_http(self, *, handler: str, method: str, status: int, duration_s: float) -> None:
         """Record a reply; `handler` is the route's pattern, never the raw path."""
-        self._http_requests.labels(handler, method, f"{status // 100}xx").inc()
-        self._http_duration.labels(handler, method).observe(duration_s)
+        self._http.observe(handler=handler, method=method, status=status, duration_s=duration_s)
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(self._prefix + name, text, list(self._labels), registry=self._registry).labels(**self._labels)
@@ -163,6 +160,22 @@ class ServerMetrics:
             self._prefix + name, text, list(self._labels), buckets=tuple(buckets), registry=self._registry
         )
         return family.labels(**self._labels)
+
+
+class HttpMetrics:
+    """Replies of an HTTP server."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._requests = Counter("http_requests", "HTTP requests.", ["handler", "method", "status"], registry=registry)
+        self._duration = Histogram(
+            "http_request_duration_seconds", "Time to the end of the reply.",
+            ["handler", "method"], buckets=_HTTP_BUCKETS_S, registry=registry,
+        )  # fmt: skip
+
+    def observe(self, *, handler: str, method: str, status: int, duration_s: float) -> None:
+        """Record a reply; `handler` is the route's pattern, never the raw path."""
+        self._requests.labels(handler, method, f"{status // 100}xx").inc()
+        self._duration.labels(handler, method).observe(duration_s)
 
 
 class _DraftCounters:

@@ -30,7 +30,7 @@ if WORKER:  # of several (`make test`): JAX writes its compile cache without a l
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Tests of a file share a worker, and so do all of e2e, which share a server. Those of kernels share nothing."""
+    """Tests of a file share a worker, as do all of e2e and all of deploy, which share a server; of kernels, nothing."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
@@ -38,7 +38,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::")[0]
             if file.startswith("tests/kernels/"):
                 return nodeid
-            return "tests/e2e" if file.startswith("tests/e2e/") else file
+            shared = [folder for folder in ("tests/e2e", "tests/deploy") if file.startswith(f"{folder}/")]
+            return shared[0] if shared else file
 
     return Scheduler(config, log)
 

@@ -18,6 +18,7 @@ MAX_KERNEL_LINES = 450
 # Anyone may import these; they import nothing of jaxserve but each other.
 VOCABULARY = (
     "jaxserve.config",
+    "jaxserve.config_deploy",
     "jaxserve.config_file",
     "jaxserve.config_speculative",
     "jaxserve.config_values",
@@ -48,6 +49,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.plan.environment": (),
     "jaxserve.llm": ("jaxserve.engine", "jaxserve.tokenizer"),
     "jaxserve.metrics": ("jaxserve.engine.core_facts",),
+    "jaxserve.deploy": (
+        "api",
+        "jaxserve.engine",
+        "jaxserve.cache.prefix_cache",
+        "jaxserve.tokenizer",
+        "jaxserve.metrics",
+    ),
+    "jaxserve.deploy.prefix_index": ("jaxserve.cache.prefix_cache",),
     "api": ("jaxserve.engine.client", "jaxserve.metrics", "jaxserve.tokenizer"),
     "jaxserve.engine": (
         "jaxserve.scheduler",
@@ -93,8 +102,12 @@ FREE_OF_JAX = (
     "jaxserve.speculative",
     "jaxserve.cache.block_pool",
     "jaxserve.cache.prefix_cache",
+    "jaxserve.deploy.prefix_index",
     "jaxserve.cli.main",
 )
+
+# What only an extra brings, and who may import it.
+OPTIONAL = {"ray": ("jaxserve.deploy", "jaxserve.cli.deploy")}
 
 # Modules whose package goes by another name.
 PACKAGE_OF = {"yaml": "pyyaml", "zmq": "pyzmq", "pydantic_core": "pydantic"}
@@ -213,6 +226,11 @@ def test_three_names_are_installed_and_no_more():
 def test_every_imported_package_is_a_declared_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {re.split(r"[^\w-]", entry)[0].lower().replace("-", "_") for entry in project["dependencies"]}
-    imported = {name.split(".")[0] for path in source_files() for _, name in imports_of(path)}
-    foreign = imported - set(sys.stdlib_module_names) - set(PACKAGES)
-    assert {PACKAGE_OF.get(name, name) for name in foreign} - declared == set()
+    imported = {
+        PACKAGE_OF.get(name.split(".")[0], name.split(".")[0])
+        for module, path in MODULES.items()
+        for _, name in imports_of(path)
+        if not any(is_within(module, user) for user in OPTIONAL.get(name.split(".")[0], ()))
+    }
+    assert imported - set(sys.stdlib_module_names) - set(PACKAGES) - declared == set()
+    assert OPTIONAL.keys() <= project["optional-dependencies"].keys()

@@ -49,7 +49,7 @@ async def show_metrics(request: Request) -> Response:
     metrics = server_state(request).metrics
     if metrics is None:
         return Response(b"", media_type=CONTENT_TYPE)
-    return Response(metrics.render(), media_type=CONTENT_TYPE)
+    return Response(await metrics.collect(), media_type=CONTENT_TYPE)
 
 
 async def show_openapi(request: Request) -> Response:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
 from jaxserve.cache.block_pool import BlockPool, IntegrityError
@@ -91,12 +91,22 @@ def extend_block_hashes(request: Request, num_blocks: int, block_size: int) -> N
         return
     parent = hashes[-1] if hashes else root_hash(request.adapter, request.cache_salt)
     first = len(hashes) * block_size
-    tokens = array("i", request.token_ids[first : num_blocks * block_size])
+    hashes.extend(chain_hashes(parent, request.token_ids[first : num_blocks * block_size], block_size))
+
+
+def chain_hashes(parent: bytes, token_ids: list[int], block_size: int) -> Iterator[bytes]:
+    """The hash of each block of `token_ids`, whose number `block_size` divides; `parent` is that of what comes before.
+
+    >>> first, second = chain_hashes(b"", [1, 2, 3, 4], 2)
+    >>> list(chain_hashes(first, [3, 4], 2)) == [second]
+    True
+    """
+    tokens = array("i", token_ids)
     block_bytes = block_size * tokens.itemsize
     content = tokens.tobytes()
     for offset in range(0, len(content), block_bytes):
         parent = blake2b(parent + content[offset : offset + block_bytes], digest_size=HASH_BYTES).digest()
-        hashes.append(parent)
+        yield parent
 
 
 def root_hash(adapter: str | None, cache_salt: str | None) -> bytes:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from jaxserve.cli import bench, chat, environment, plan, serve, show_config
+from jaxserve.cli import bench, chat, deploy, environment, plan, serve, show_config
 from jaxserve.cli.flags import takes_config
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError, TokenizerError
 
@@ -24,6 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("serve")(takes_config(serve.serve))
+app.command("deploy")(takes_config(deploy.deploy))
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
 app.command("config")(takes_config(show_config.show_config))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxserve.cli.flags import Launch
-from jaxserve.config import API_KEY_VARIABLE, Config, ServerSettings
+from jaxserve.config import API_KEY_VARIABLE, SECTIONS, Config, ServerSettings
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +26,9 @@ _log = logging.getLogger("jaxserve")
 
 def serve(launch: Launch) -> None:
     """Serve a model over HTTP, as OpenAI's API. Ctrl-C lets running requests finish; a second one ends at once."""
+    given = [name for name in SECTIONS["deploy"] if name in launch.overrides]
+    if given:
+        raise ConfigError(f"{', '.join(given)}: only 'jaxserve deploy' runs several engines; serve runs one")
     run_server(launch.load())
 
 
@@ -33,7 +36,7 @@ def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
     """Serve until a signal comes. `core` is the engine core's class as "module:attribute"."""
     set_up_logging(config.server.log_level)
     listening = bind(config.server)  # before the model is loaded: a port in use is known at once
-    _warn_if_open(config.server)
+    warn_if_open(config.server)
     from api.server import run
 
     with listening:
@@ -62,7 +65,7 @@ async def _serve(config: Config, core: str, listening: socket.socket) -> None:
         await serve_http(
             app,
             config.server,
-            on_started=lambda port: display.serving(_url(config.server, port), names),
+            on_started=lambda port: display.serving(serving_url(config.server, port), names),
             on_drain=lambda: _refuse_new(engine),
             sockets=[listening],
         )
@@ -114,7 +117,8 @@ def set_up_logging(level: str) -> None:
         logging.getLogger(name).setLevel(level.upper())
 
 
-def _warn_if_open(settings: ServerSettings) -> None:
+def warn_if_open(settings: ServerSettings) -> None:
+    """Say in the log that anybody may come in."""
     if not settings.api_key and not is_loopback(settings.host):
         _log.warning(
             "%s is reachable from other machines and no API key is set: anyone may use the model. "
@@ -130,6 +134,7 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _url(settings: ServerSettings, port: int) -> str:
+def serving_url(settings: ServerSettings, port: int) -> str:
+    """Where clients find the server."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"http://{host}:{port}{settings.root_path}/v1"

@@ -53,12 +53,12 @@ def wait_for(condition: Callable[[], Value], timeout_s: float, what: str = "") -
 class ServerProcess:
     """A running server; `url` is known once it serves. Use `with`: its end kills what is left."""
 
-    def __init__(self, log: Path, *arguments: str) -> None:
+    def __init__(self, log: Path, *arguments: str, subcommand: str = "serve") -> None:
         self.log = log
         self.url = ""
         with open(log, "w") as log_file:
             self.process = subprocess.Popen(
-                command("serve", *arguments, "--port", "0"),
+                command(subcommand, *arguments, "--port", "0"),
                 cwd=ROOT,
                 env=environment(),
                 stdin=subprocess.DEVNULL,
