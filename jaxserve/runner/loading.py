@@ -14,7 +14,7 @@ import numpy as np
 from jaxserve.config import ModelSettings
 from jaxserve.errors import ConfigError
 from jaxserve.models.base import DecoderConfig
-from jaxserve.parallel.mesh import sharding
+from jaxserve.parallel.mesh import sharding, to_devices
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.dummy import DummyCheckpoint
@@ -109,14 +109,14 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
         shapes = {name: shape for rule in rules for name, shape in zip(rule.sources, rule.shapes, strict=True)}
         checkpoint = DummyCheckpoint(files.hf_config, shapes, dtype=files.dtype, seed=files.seed)
 
-    def place(name: str, value: np.ndarray) -> jax.Array:
-        return jax.device_put(value, sharding(graph.mesh, graph.axes(name)))
+    def put(name: str, value: np.ndarray) -> jax.Array:
+        return to_devices(value, sharding(graph.mesh, graph.axes(name)))
 
     return load_params(
         checkpoint,
         rules,
         dtype=files.dtype,
-        place=place,
+        place=put,
         tie_embeddings=files.decoder.tie_embeddings,  # as hf_overrides have it
         on_progress=on_progress,
     )
