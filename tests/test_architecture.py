@@ -19,6 +19,7 @@ MAX_KERNEL_LINES = 450
 VOCABULARY = (
     "jaxserve.config",
     "jaxserve.config_file",
+    "jaxserve.config_parallel",
     "jaxserve.config_speculative",
     "jaxserve.config_values",
     "jaxserve.errors",

@@ -32,6 +32,11 @@ def serve(launch: Launch) -> None:
 def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
     """Serve until a signal comes. `core` is the engine core's class as "module:attribute"."""
     set_up_logging(config.server.log_level)
+    if config.parallel.node_rank > 0:
+        from jaxserve.cli.follow import follow
+
+        follow(config)
+        return
     listening = bind(config.server)  # before the model is loaded: a port in use is known at once
     _warn_if_open(config.server)
     from api.server import run

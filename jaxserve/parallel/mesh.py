@@ -47,7 +47,7 @@ def make_mesh(
     return Mesh(np.asarray(chosen).reshape(data_parallel_size, tensor_parallel_size), (DATA, TENSOR))
 
 
-def _devices_by_host() -> list[list[jax.Device]]:
+def _devices_by_host() -> list[list[Any]]:
     devices = jax.devices()
     ranks = sorted({device.process_index for device in devices})
     return [[device for device in devices if device.process_index == rank] for rank in ranks]
