@@ -90,11 +90,22 @@ def spans_hosts(mesh: AnyMesh) -> bool:
     return isinstance(mesh, Mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
-def to_devices(value: np.ndarray, where: Sharding) -> jax.Array:
-    """Put an array on its devices that every host has whole; each uploads its own devices' parts and sends nothing."""
+def to_devices(
+    value: np.ndarray, where: Sharding, *, shape: tuple[int, ...] | None = None, first_row: int = 0
+) -> jax.Array:
+    """Put an array on its devices; where they are those of several hosts each uploads its own parts, and sends nothing.
+
+    Every host has all of `value`; or, of an array of this `shape`, the rows from `first_row` on that its devices hold.
+    """
     if where.is_fully_addressable:
         return jax.device_put(value, where)
-    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+    shape = value.shape if shape is None else shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return value[(slice(start - first_row, stop - first_row), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def on_each_data_shard(
