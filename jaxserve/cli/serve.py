@@ -7,10 +7,10 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli.flags import Launch
 from jaxserve.config import API_KEY_VARIABLE, Config, ServerSettings
@@ -46,6 +46,26 @@ def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
 
 
 async def _serve(config: Config, core: str, listening: socket.socket) -> None:
+    if config.parallel.distributed_executor_backend != "ray":
+        await _serve_on(config, core, listening, start=lambda engine: engine.start())
+        return
+    from jaxserve.engine.hosts.ray_workers import RayWorkers
+
+    with _sigterm_cancels():
+        workers = await RayWorkers(config).start()
+    try:
+        await _serve_on(workers.config, core, listening, start=lambda engine: workers.run_beside(engine.start()))
+    finally:
+        await workers.stop()
+
+
+async def _serve_on(
+    config: Config,
+    core: str,
+    listening: socket.socket,
+    *,
+    start: Callable[[ProcessEngineClient], Coroutine[Any, Any, None]],
+) -> None:
     from api.app import create_app
     from api.server import serve as serve_http
     from jaxserve.cli.startup_display import StartupDisplay
@@ -58,7 +78,7 @@ async def _serve(config: Config, core: str, listening: socket.socket) -> None:
     metrics = ServerMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
     engine = ProcessEngineClient(config, core=core, metrics=metrics, on_progress=display.show)
     with _sigterm_cancels():
-        await engine.start()
+        await start(engine)
     try:
         display.ready(engine.core_info)
         path = config.model.chat_template

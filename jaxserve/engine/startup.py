@@ -74,6 +74,7 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
+        require_same(hosts, "the kind of device", jax.local_devices()[0].device_kind, hint="a group needs one kind")
         require_same(hosts, "the attention backend", backend.implementation, hint=SAME_BACKEND)
         model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
         models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))

@@ -6,6 +6,7 @@ import pytest
 
 from jaxserve.config import config_from_values
 from jaxserve.config_parallel import parse_address
+from jaxserve.engine.core import EngineCore
 from jaxserve.engine.hosts.facts import difference, facts_of
 from jaxserve.errors import ConfigError
 from tests.checkpoints import save_random_llama
@@ -55,3 +56,8 @@ def test_facts_tell_settings_and_weights_apart_but_not_places(tmp_path):
     assert "checkpoint is" in str(difference(facts[0], facts_of(config_from_values(TWO | {"model": str(other)}))))
     older = facts[0] | {"version of jax": "0.1"}
     assert "version of jax is 0.1 here" in str(difference(facts[0], older))
+
+
+def test_one_process_alone_does_not_start_a_part_of_a_group():
+    with pytest.raises(ConfigError, match="nnodes is 2: only 'jaxserve serve' runs on several hosts"):
+        EngineCore(config_from_values(TWO))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.multihost
 
 NUM_TOKENS = 16
 PROMPTS = [[7], [5, 9, 200, 31, 18], list(range(3, 40)), list(range(3, 40)) + [77, 78]]
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}  # tokens are the same, more programs run
 ANSWER_WITHIN_S = 10
 RESTART_WITHIN_S = 120
 
@@ -48,7 +50,8 @@ def wanted(model: Path) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Group]:
-    with Group(tmp_path_factory.mktemp("two"), model, 2, "--tensor-parallel-size", "2") as group:
+    flags = ("--tensor-parallel-size", "2", "--speculative-config", json.dumps(DRAFTS))
+    with Group(tmp_path_factory.mktemp("two"), model, 2, *flags) as group:
         yield group
 
 
