@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from jaxserve.config_deploy import DeploySettings
 from jaxserve.config_file import read_launch_file, unknown_setting
+from jaxserve.config_parallel import ParallelSettings, check_parallel
 from jaxserve.config_speculative import SpeculativeSettings
 from jaxserve.config_values import Settings, as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
 from jaxserve.errors import ConfigError
@@ -94,13 +95,6 @@ class SchedulerSettings(Settings):
     )
 
 
-class ParallelSettings(Settings):
-    """How the model is spread over devices."""
-
-    tensor_parallel_size: int = Field(default=1, ge=1, description="Devices that share every layer.")
-    data_parallel_size: int = Field(default=1, ge=1, description="Copies of the model, each with its own requests.")
-
-
 class RuntimeSettings(Settings):
     """Devices, kernels and compilation."""
 
@@ -164,6 +158,7 @@ class Config(Settings):
         _check_model(self.model)
         _check_cache(self.cache)
         _check_steps(self)
+        check_parallel(self.parallel)
         _check_runtime(self.runtime)
         if not all(key.strip() for key in self.server.api_key):
             raise ConfigError("api_key must not be empty: leave it out to serve without a key")

@@ -20,6 +20,7 @@ VOCABULARY = (
     "jaxserve.config",
     "jaxserve.config_deploy",
     "jaxserve.config_file",
+    "jaxserve.config_parallel",
     "jaxserve.config_speculative",
     "jaxserve.config_values",
     "jaxserve.errors",

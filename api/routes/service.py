@@ -11,15 +11,14 @@ from starlette.responses import Response
 from api.errors import JSONReply
 from api.openapi import openapi
 from api.state import server_state
-from jaxserve.engine.client import EngineState
 from jaxserve.errors import RequestError
 from jaxserve.metrics import CONTENT_TYPE
 
 
 async def health(request: Request) -> Response:
     """Answer GET /health: 200 while the process should be left alone, 503 when it should be replaced."""
-    state = server_state(request).engine.health.state
-    return JSONReply({"status": state.value}, status_code=503 if state is EngineState.DEAD else 200)
+    health = server_state(request).engine.health
+    return JSONReply({"status": health.state.value}, status_code=200 if health.is_alive else 503)
 
 
 async def ready(request: Request) -> Response:

@@ -7,10 +7,10 @@ import ipaddress
 import logging
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli.flags import Launch
 from jaxserve.config import API_KEY_VARIABLE, SECTIONS, Config, ServerSettings
@@ -35,6 +35,11 @@ def serve(launch: Launch) -> None:
 def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
     """Serve until a signal comes. `core` is the engine core's class as "module:attribute"."""
     set_up_logging(config.server.log_level)
+    if config.parallel.node_rank > 0:
+        from jaxserve.cli.follow import follow
+
+        follow(config)
+        return
     listening = bind(config.server)  # before the model is loaded: a port in use is known at once
     warn_if_open(config.server)
     from api.server import run
@@ -44,6 +49,26 @@ def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
 
 
 async def _serve(config: Config, core: str, listening: socket.socket) -> None:
+    if config.parallel.distributed_executor_backend != "ray":
+        await _serve_on(config, core, listening, start=lambda engine: engine.start())
+        return
+    from jaxserve.engine.hosts.ray_workers import RayWorkers
+
+    with _sigterm_cancels():
+        workers = await RayWorkers(config).start()
+    try:
+        await _serve_on(workers.config, core, listening, start=lambda engine: workers.run_beside(engine.start()))
+    finally:
+        await workers.stop()
+
+
+async def _serve_on(
+    config: Config,
+    core: str,
+    listening: socket.socket,
+    *,
+    start: Callable[[ProcessEngineClient], Coroutine[Any, Any, None]],
+) -> None:
     from api.app import create_app
     from api.server import serve as serve_http
     from jaxserve.cli.startup_display import StartupDisplay
@@ -56,7 +81,7 @@ async def _serve(config: Config, core: str, listening: socket.socket) -> None:
     metrics = ServerMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
     engine = ProcessEngineClient(config, core=core, metrics=metrics, on_progress=display.show)
     with _sigterm_cancels():
-        await engine.start()
+        await start(engine)
     try:
         display.ready(engine.core_info)
         path = config.model.chat_template

@@ -70,6 +70,7 @@ class Assembly:
     buckets: Buckets
     memory_share: float  # the part of a device's own limit that the engine may take
     phases: Phases
+    agree: Callable[[str, int], int] = lambda name, value: value  # the least that any host has, by the value's name
 
     @property
     def spec(self) -> KVCacheSpec:
@@ -85,6 +86,7 @@ class Assembly:
         num_blocks = blocks_from_budget(self.config.cache, self.spec)
         if num_blocks is None and platform_of(self.mesh) == "cpu":
             num_blocks = blocks_on_cpu(self.spec, num_useful=useful, num_pools=self.mesh.shape[DATA])
+            num_blocks = self.agree("num_blocks", num_blocks)
         if num_blocks is None:
             return self._one_after_the_other(useful)
         shapes = self._fitting(num_blocks)
@@ -102,9 +104,9 @@ class Assembly:
             shapes = self._shapes(trial, self.settings.max_model_len)
             step_bytes = sum(programs.step_bytes() for programs in self._programs(shapes))
             jax.block_until_ready(params)
-            device = self.mesh.devices.flat[0]
+            device = self.mesh.local_devices[0]
             memory = DeviceMemory.read(device, share=self.memory_share, step_bytes=step_bytes)
-        num_blocks = blocks_on_device(self.spec, memory, num_useful=useful)
+        num_blocks = self.agree("num_blocks", blocks_on_device(self.spec, memory, num_useful=useful))
         shapes = self._fitting(num_blocks)
         # Compiled before the pool takes the memory that kernels are tried out on.
         programs = self._compile(shapes, given_up)

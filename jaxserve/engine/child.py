@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import msgspec
 import zmq
@@ -19,11 +19,28 @@ import zmq.asyncio
 
 from jaxserve.config import API_KEY_VARIABLE, Config
 from jaxserve.engine import wire
+from jaxserve.engine.hosts.session import HostSession
 from jaxserve.engine.process import LaunchOrder
 from jaxserve.errors import ConfigError
 
 LAST_MESSAGES_S = 0.05  # how long to listen on after the process has ended
 MAX_SOCKET_PATH = 100  # bytes; the kernel takes 103 (macOS) to 107 (Linux)
+
+
+class Child(Protocol):
+    """What a supervisor asks of the engine process, or of those of several hosts."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+    @property
+    def exit_text(self) -> str: ...
+
+    def send(self, message: wire.ToEngine) -> None: ...
+
+    async def receive(self) -> wire.FromEngine | None: ...
+
+    async def end(self, *, timeout_s: float = 0.0) -> None: ...
 
 
 class EngineChild:
@@ -49,7 +66,7 @@ class EngineChild:
         threading.Thread(target=self._wait, args=(asyncio.get_running_loop(),), daemon=True).start()
 
     @classmethod
-    def launch(cls, config: Config, *, core: str) -> EngineChild:
+    def launch(cls, config: Config, *, core: str, hosts: HostSession | None = None) -> EngineChild:
         """Start the process; its messages tell how that goes."""
         socket_dir = _make_socket_dir()
         context = zmq.asyncio.Context()
@@ -68,6 +85,7 @@ class EngineChild:
                 core=core,
                 parent_pid=os.getpid(),
                 log_level=config.server.log_level.upper(),
+                hosts=hosts,
             )
         )
         return child
@@ -75,6 +93,11 @@ class EngineChild:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def has_ended_well(self) -> bool:
+        """Whether the process ended because it was told to."""
+        return self._process.returncode == 0
 
     @property
     def exit_text(self) -> str:
@@ -105,6 +128,10 @@ class EngineChild:
             raise
         self._remove_socket_dir()
         return wire.decode_from_engine(data)
+
+    def kill(self) -> None:
+        """Kill the process now; `receive` tells of its end."""
+        self._process.kill()
 
     async def end(self, *, timeout_s: float = 0.0) -> None:
         """Ask the process to end, kill it when it has not after `timeout_s`, and let go of everything."""

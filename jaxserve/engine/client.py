@@ -29,6 +29,13 @@ class EngineHealth:
     state: EngineState
     detail: str = ""
     num_restarts: int = 0
+    num_hosts: int = 1
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the server should be left alone. A single engine comes back by itself; of several hosts one may be
+        gone for good, so whoever watches is told at once."""
+        return self.state is not EngineState.DEAD and not (self.state is EngineState.RESTARTING and self.num_hosts > 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,6 +10,7 @@ from jaxserve.cache.block_pool import IntegrityError
 from jaxserve.config import Config
 from jaxserve.engine.assembly import OnProgress
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.hosts.plans import LeadingHosts
 from jaxserve.engine.startup import Started, start
 from jaxserve.errors import EngineDeadError
 from jaxserve.outputs import TokenDelta
@@ -28,10 +29,15 @@ class EngineCore:
     """
 
     def __init__(
-        self, config: Config, *, on_progress: OnProgress | None = None, started: Started | None = None
+        self,
+        config: Config,
+        *,
+        on_progress: OnProgress | None = None,
+        started: Started | None = None,
+        hosts: LeadingHosts | None = None,
     ) -> None:
-        """Load and compile (or take what `started` brings): ready afterwards."""
-        started = started or start(config, on_progress or (lambda line: None))
+        """Load and compile (or take what `started` brings): ready afterwards. On several hosts, `hosts` must lead."""
+        started = started or start(config, on_progress or (lambda line: None), hosts)
         self.info: CoreInfo = started.info
         self._scheduler: Scheduler | DataParallelScheduler = started.scheduler
         self._runner: Runner = started.runner
@@ -40,6 +46,7 @@ class EngineCore:
         self._in_flight: list[tuple[StepPlan, PendingStep, float]] = []  # with the time its planning began
         self._last_result_s = 0.0  # time.perf_counter() of the last result
         self._fault: str | None = None  # what broke the core
+        self._hosts = hosts
 
     @property
     def has_unfinished(self) -> bool:
@@ -111,6 +118,8 @@ class EngineCore:
         if self._fault is None:
             for _, pending, _ in in_flight:
                 pending.result()
+            if self._hosts is not None:
+                self._hosts.end()
 
     def _check_whole(self) -> None:
         if self._fault is not None:

@@ -27,6 +27,7 @@ import zmq
 
 from jaxserve.engine import wire
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.hosts.session import HostSession
 from jaxserve.errors import JaxserveError, RequestError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
@@ -36,6 +37,7 @@ logger = logging.getLogger("jaxserve.engine.process")  # __name__ is "__main__" 
 DEFAULT_CORE = "jaxserve.engine.core:EngineCore"
 IDLE_POLL_MS = 200  # how long an idle engine sleeps before it looks for signals and for its parent
 STATS_INTERVAL_S = 0.1
+HEARTBEAT_INTERVAL_S = 0.5
 SEND_LINGER_MS = 2000  # at the end, for the last messages to leave
 ORPHAN_GRACE_S = 2.0  # for a clean end after the parent is gone
 PR_SET_PDEATHSIG = 1
@@ -72,6 +74,7 @@ class LaunchOrder(msgspec.Struct, kw_only=True, frozen=True):
     core: str = DEFAULT_CORE  # "module:attribute" of the core's class
     parent_pid: int
     log_level: str = "INFO"
+    hosts: HostSession | None = None  # where the model is spread over several
 
 
 class EngineProcess:
@@ -85,6 +88,7 @@ class EngineProcess:
         self._is_stopping = False
         self._num_computed_tokens = 0  # at the last step
         self._step_sizes: list[int] = []  # of steps that no message has told of
+        self._turn_s: float | None = None  # time.monotonic() of the main loop's last turn, once it runs
         self._core: Core
 
     def start(self) -> None:
@@ -101,6 +105,7 @@ class EngineProcess:
         """Serve until told to stop, then shut the core down."""
         try:
             while not self._is_stopping:
+                self._turn_s = time.monotonic()
                 self._receive(timeout_ms=0 if self._core.has_unfinished else IDLE_POLL_MS)
                 if self._core.has_unfinished:
                     deltas = self._core.step()
@@ -154,6 +159,16 @@ class EngineProcess:
             self._step_sizes.append(num_computed_tokens - self._num_computed_tokens)
             self._num_computed_tokens = num_computed_tokens
 
+    def beat(self) -> None:
+        """Tell the parent now and then that this process lives, and how long it has been at the same step."""
+
+        def keep_telling() -> None:
+            while True:
+                self.send(wire.Heartbeat(0.0 if self._turn_s is None else time.monotonic() - self._turn_s))
+                time.sleep(HEARTBEAT_INTERVAL_S)
+
+        threading.Thread(target=keep_telling, name="heartbeat", daemon=True).start()
+
     def send(self, message: wire.FromEngine) -> None:
         """Hand a message to the socket; any thread may."""
         with self._send_lock:
@@ -183,6 +198,8 @@ def main() -> int:
 
 def _serve(socket: zmq.Socket[bytes], order: LaunchOrder) -> int:
     process = EngineProcess(socket, lambda on_progress: _make_core(order, on_progress))
+    if order.hosts is not None:
+        process.beat()
     try:
         process.start()
     except JaxserveError as error:
@@ -207,7 +224,12 @@ def _make_core(order: LaunchOrder, on_progress: Callable[[str], None]) -> Core:
 
     module, _, attribute = order.core.partition(":")
     core_class: Any = getattr(importlib.import_module(module), attribute)
-    return core_class(Config.model_validate_json(order.config_json), on_progress=on_progress)
+    config = Config.model_validate_json(order.config_json)
+    if order.hosts is None:
+        return core_class(config, on_progress=on_progress)
+    from jaxserve.engine.hosts.plans import connect
+
+    return core_class(config, on_progress=on_progress, hosts=connect(order.hosts))
 
 
 def _exit_on_signal(signal_number: int, _frame: FrameType | None) -> None:
@@ -239,16 +261,17 @@ def _watch_parent(parent_pid: int) -> None:
 
 def _run() -> NoReturn:
     """Run `main` and end now. After a failure or a signal nothing is waited for: compile threads and device runtimes
-    may hang, and the parent sees a death only when the process is gone."""
+    may hang, and the parent sees a death only when the process is gone. Nor are other hosts, for which JAX waits."""
     try:
         exit_code = main()
     except SystemExit as ended:
         exit_code = ended.code
-    if exit_code:
+    jax = sys.modules.get("jax")
+    if exit_code or (jax is not None and jax.distributed.is_initialized()):
         if isinstance(exit_code, str):
             logger.error("%s", exit_code)
         logging.shutdown()
-        os._exit(exit_code if isinstance(exit_code, int) else 1)
+        os._exit(exit_code if isinstance(exit_code, int) else int(exit_code is not None))
     sys.exit(0)
 
 

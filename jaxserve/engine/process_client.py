@@ -12,14 +12,16 @@ from typing import Any
 
 from jaxserve.config import Config
 from jaxserve.engine import wire
-from jaxserve.engine.child import EngineChild
+from jaxserve.engine.child import Child, EngineChild
 from jaxserve.engine.client import EngineHealth, EngineState, ModelInfo
 from jaxserve.engine.core_facts import CoreInfo
+from jaxserve.engine.hosts.group_child import GroupChild
+from jaxserve.engine.hosts.leader import HostGroup
 from jaxserve.engine.live_requests import LiveRequests
 from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, load_tokenizer, model_info
 from jaxserve.engine.process import DEFAULT_CORE
 from jaxserve.engine.supervisor import EngineSupervisor
-from jaxserve.errors import EngineDeadError, ServerDrainingError
+from jaxserve.errors import EngineDeadError, JaxserveError, ServerDrainingError
 from jaxserve.metrics import ServerMetrics
 from jaxserve.outputs import RequestOutput
 from jaxserve.sampling_params import SamplingParams
@@ -52,14 +54,17 @@ class ProcessEngineClient:
             model_name=config.model.served_names[0], prefix=config.server.metrics_prefix
         )
         self._config = config
+        self._core = core
+        self._hosts = HostGroup(config) if config.parallel.nnodes > 1 else None
         self._supervisor = EngineSupervisor(
-            lambda: EngineChild.launch(config, core=core),
+            self._launch,
             on_message=self._on_message,
             on_death=self._on_death,
             on_restart=self._on_restart,
             on_progress=on_progress or (lambda text: logger.info("engine: %s", text)),
             max_restarts=config.server.max_num_engine_restarts,
             backoff_s=backoff_s,
+            num_hosts=config.parallel.nnodes,
         )
         self._live = LiveRequests(self.metrics)
         self._calls: dict[int, asyncio.Future[bool]] = {}
@@ -91,7 +96,7 @@ class ProcessEngineClient:
 
     async def start(self) -> None:
         """Start the engine process and wait until it is ready; raises what kept it from starting."""
-        starting = asyncio.create_task(self._supervisor.start())
+        starting = asyncio.create_task(self._start_engine())
         loading = asyncio.get_running_loop().run_in_executor(self._tokenizing, load_tokenizer, self._config.model)
         try:
             # Either may fail long before the other is done.
@@ -99,10 +104,12 @@ class ProcessEngineClient:
             for future in (loading, starting):
                 if future.done():
                     future.result()
-        except BaseException:
+        except BaseException as error:
             starting.cancel()
             loading.cancel()
             await asyncio.gather(starting, loading, return_exceptions=True)
+            if self._hosts is not None and isinstance(error, JaxserveError):
+                await self._hosts.close(error)
             await self.shutdown()
             raise
         self.tokenizer = loading.result()
@@ -173,7 +180,22 @@ class ProcessEngineClient:
         for request_id in self._live.ids():
             await self.abort(request_id)
         await self._supervisor.stop()
+        if self._hosts is not None:
+            await self._hosts.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    async def _start_engine(self) -> CoreInfo:
+        if self._hosts is not None:
+            await self._hosts.open()
+        return await self._supervisor.start()
+
+    def _launch(self) -> Child:
+        if self._hosts is None:
+            return EngineChild.launch(self._config, core=self._core)
+        parallel = self._config.parallel
+        return GroupChild(
+            self._hosts, parallel, lambda hosts: EngineChild.launch(self._config, core=self._core, hosts=hosts)
+        )
 
     async def _prepare(self, prompt: str | list[int], params: SamplingParams, **options: Any) -> PreparedRequest:
         if not isinstance(prompt, str) or len(prompt) <= MAX_INLINE_CHARS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,8 +19,11 @@ from jaxserve.engine.assembly import Assembly, ModelParts, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
 from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_draft_models
+from jaxserve.engine.hosts.plans import Hosts, LeadingHosts, LeadingRunner, require_same, smallest
+from jaxserve.errors import ConfigError
 from jaxserve.layers.numerics import Numerics
 from jaxserve.parallel.mesh import make_mesh, platform_of
+from jaxserve.parallel.multihost import own_compile_cache
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
@@ -30,6 +34,8 @@ from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.source import cache_dir
+
+SAME_BACKEND = "install the same compilers on every host, or set attention_backend to one that all have"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,11 +48,17 @@ class Started:
     guard: CompileGuard
 
 
-def start(config: Config, on_progress: OnProgress) -> Started:
-    """Bring up everything that `config` describes; raises `ConfigError` or `CheckpointError`."""
+def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -> Started:
+    """Bring up everything that `config` describes; raises `ConfigError` or `CheckpointError`.
+
+    `hosts` are the other engine processes where the config names several hosts: all start, or none.
+    """
+    if hosts is None and config.parallel.nnodes > 1:
+        raise ConfigError(f"nnodes is {config.parallel.nnodes}: only 'jaxserve serve' runs on several hosts")
     phases = Phases(on_progress)
     memory_share = choose_device(config)
-    enable_persistent_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
+    compiled = own_compile_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
+    enable_persistent_cache(compiled)
     guard = CompileGuard()
     with phases.phase("device"):
         parallel = config.parallel
@@ -62,6 +74,8 @@ def start(config: Config, on_progress: OnProgress) -> Started:
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
+        require_same(hosts, "the kind of device", jax.local_devices()[0].device_kind, hint="a group needs one kind")
+        require_same(hosts, "the attention backend", backend.implementation, hint=SAME_BACKEND)
         model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
         models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))
     assembly = Assembly(
@@ -72,10 +86,14 @@ def start(config: Config, on_progress: OnProgress) -> Started:
         buckets=step_buckets(config, settings, model.graph.numerics),
         memory_share=memory_share,
         phases=phases,
+        agree=partial(smallest, hosts),
     )
     (loaded, *draft_models), shapes = assembly.assemble()
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
+    runner: Runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
+    if isinstance(hosts, LeadingHosts):
+        runner = LeadingRunner(runner, hosts)
+    smallest(hosts, "ready", 1)  # nobody serves before all can follow
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,
@@ -145,7 +163,7 @@ def _fingerprint(config: Config, files: ModelFiles) -> str:
         "model": config.model.model_dump(mode="json"),
         "config": files.hf_config,
         "dtype": str(files.dtype),
-        "parallel": config.parallel.model_dump(mode="json"),
+        "parallel": config.parallel.model_dump(mode="json", include={"tensor_parallel_size", "data_parallel_size"}),
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
     return f"fp_{digest[:12]}"

@@ -7,9 +7,10 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 from jaxserve.engine import wire
-from jaxserve.engine.child import EngineChild
+from jaxserve.engine.child import Child
 from jaxserve.engine.client import EngineHealth, EngineState
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.errors import JaxserveError
@@ -31,7 +32,7 @@ class EngineSupervisor:
 
     def __init__(
         self,
-        launch: Callable[[], EngineChild],
+        launch: Callable[[], Child],
         *,
         on_message: Callable[[wire.FromEngine], None],
         on_death: Callable[[str], None],
@@ -39,12 +40,13 @@ class EngineSupervisor:
         on_progress: Callable[[str], None],
         max_restarts: int,
         backoff_s: float,
+        num_hosts: int = 1,
     ) -> None:
         """`max_restarts` within `DEATH_WINDOW_S`; the first restart is at once, the second after `backoff_s`.
 
         `on_restart` hears of what a new engine has to offer; a `JaxserveError` of it refuses the engine.
         """
-        self.health = EngineHealth(state=EngineState.STARTING)
+        self.health = EngineHealth(state=EngineState.STARTING, num_hosts=num_hosts)
         self._launch_child = launch
         self._on_message = on_message
         self._on_death = on_death
@@ -53,7 +55,7 @@ class EngineSupervisor:
         self._max_restarts = max_restarts
         self._backoff_s = backoff_s
         self._death_times_s: deque[float] = deque()
-        self._child: EngineChild | None = None
+        self._child: Child | None = None
         self._task: asyncio.Task[None] | None = None
 
     @property
@@ -153,7 +155,8 @@ class EngineSupervisor:
             except JaxserveError as error:
                 cause = str(error)
                 continue
-            self.health = EngineHealth(state=EngineState.READY, num_restarts=self.health.num_restarts + 1)
+            self.health = replace(self.health, num_restarts=self.health.num_restarts + 1)
+            self._set_state(EngineState.READY)
             return True
         logger.error("%s; it is not started again", cause)
         self._on_death(cause)
@@ -168,4 +171,4 @@ class EngineSupervisor:
         return len(self._death_times_s)
 
     def _set_state(self, state: EngineState, detail: str = "") -> None:
-        self.health = EngineHealth(state=state, detail=detail, num_restarts=self.health.num_restarts)
+        self.health = replace(self.health, state=state, detail=detail)

@@ -122,7 +122,13 @@ class CallResult(_Message):
     value: bool
 
 
-FromEngine: TypeAlias = Progress | Ready | StartFailed | StepOutputs | Rejected | CallResult
+class Heartbeat(_Message):
+    """The process lives; sent where there are several hosts, whose engine processes may wait for each other."""
+
+    busy_s: float  # how long its main loop has been at the same step
+
+
+FromEngine: TypeAlias = Heartbeat | Progress | Ready | StartFailed | StepOutputs | Rejected | CallResult
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

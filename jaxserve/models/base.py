@@ -28,6 +28,9 @@ class WeightRule:
 
     `param` is the parameter's dotted path, `sources` the tensor names, `shapes` the shape each must have, `assemble`
     turns them (in order, in the checkpoint's dtype) into an array of `param_shape`.
+
+    Where some of the parameter's first axis is made of some rows of the sources, `part` gives the rule for that: it
+    reads `rows` of each, and has the part's `param_shape`. It gives None for a part that does not come out whole.
     """
 
     param: str
@@ -35,6 +38,8 @@ class WeightRule:
     shapes: tuple[tuple[int, ...], ...]
     param_shape: tuple[int, ...]
     assemble: Callable[[Sequence[np.ndarray]], np.ndarray] = _only_one
+    rows: tuple[range, ...] | None = None  # of each source; None: all
+    part: Callable[[range], WeightRule | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -103,19 +103,22 @@ def _plain(param: str, source: str, shape: tuple[int, ...]) -> WeightRule:
 
 
 def _vocabulary_rule(config: DecoderConfig, param: str, source: str) -> WeightRule:
-    shape = (config.vocab_size, config.hidden_size)
-    rule = _plain(param, source, shape)
-    if not config.vocab_padding:
-        return rule
-    padded_shape = (config.padded_vocab_size, config.hidden_size)
+    rule = _plain(param, source, (config.vocab_size, config.hidden_size))
 
-    def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
-        (tensor,) = tensors
-        padded = np.zeros(padded_shape, tensor.dtype)
-        padded[: config.vocab_size] = tensor
-        return padded
+    def part(rows: range) -> WeightRule:
+        known = range(min(rows.start, config.vocab_size), min(rows.stop, config.vocab_size))
 
-    return replace(rule, param_shape=padded_shape, assemble=assemble)
+        def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
+            (tensor,) = tensors
+            if len(known) == len(rows):
+                return tensor
+            padded = np.zeros((len(rows), config.hidden_size), tensor.dtype)
+            padded[: len(known)] = tensor
+            return padded
+
+        return replace(rule, rows=(known,), param_shape=(len(rows), config.hidden_size), assemble=assemble)
+
+    return replace(part(range(config.padded_vocab_size)), rows=None, part=part)
 
 
 def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
@@ -140,37 +143,51 @@ def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
 
 def _qkv_rule(config: DecoderConfig, ours: str, theirs: str, part: str, tail: tuple[int, ...]) -> WeightRule:
     """Each KV head with its query heads; where devices outnumber KV heads, each copy of one with a part of them."""
-    kv_heads, head_dim = config.num_cached_kv_heads, config.head_dim
+    kv_heads, head_dim, copies = config.num_cached_kv_heads, config.head_dim, config.kv_head_copies
     group = config.num_q_heads // kv_heads
     q_shape, kv_shape = (config.num_q_heads * head_dim, *tail), (config.num_kv_heads * head_dim, *tail)
 
     def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
-        q = tensors[0].reshape(kv_heads, group, head_dim, *tail)
-        k, v = (
-            np.repeat(tensor.reshape(-1, 1, head_dim, *tail), config.kv_head_copies, axis=0) for tensor in tensors[1:]
-        )
+        q = tensors[0].reshape(-1, group, head_dim, *tail)
+        k, v = (np.repeat(tensor.reshape(-1, 1, head_dim, *tail), copies, axis=0) for tensor in tensors[1:])
         return np.concatenate([q, k, v], axis=1)
 
-    return WeightRule(
+    def of_heads(heads: range) -> WeightRule | None:
+        if heads.start % copies or heads.stop % copies:
+            return None
+        q_rows = range(heads.start * group * head_dim, heads.stop * group * head_dim)
+        kv_rows = range(heads.start // copies * head_dim, heads.stop // copies * head_dim)
+        shape = (len(heads), *rule.param_shape[1:])
+        return replace(rule, rows=(q_rows, kv_rows, kv_rows), param_shape=shape, part=None)
+
+    rule = WeightRule(
         param=f"{ours}.{part}",
         sources=tuple(f"{theirs}.{name}_proj.{part}" for name in "qkv"),
         shapes=(q_shape, kv_shape, kv_shape),
         param_shape=(kv_heads, group + 2, head_dim, *tail),
         assemble=assemble,
+        part=of_heads,
     )
+    return rule
 
 
 def _gate_up_rule(config: DecoderConfig, ours: str, theirs: str, part: str, tail: tuple[int, ...]) -> WeightRule:
-    shards = (config.num_shards, config.ffn_size // config.num_shards, *tail)
+    shard_size = config.ffn_size // config.num_shards
 
     def assemble(tensors: Sequence[np.ndarray]) -> np.ndarray:
-        return np.stack([tensor.reshape(shards) for tensor in tensors], axis=1)
+        return np.stack([tensor.reshape(-1, shard_size, *tail) for tensor in tensors], axis=1)
+
+    def of_shards(shards: range) -> WeightRule:
+        rows = range(shards.start * shard_size, shards.stop * shard_size)
+        return replace(rule, rows=(rows, rows), param_shape=(len(shards), *rule.param_shape[1:]), part=None)
 
     shape = (config.ffn_size, *tail)
-    return WeightRule(
+    rule = WeightRule(
         param=f"{ours}.{part}",
         sources=(f"{theirs}.gate_proj.{part}", f"{theirs}.up_proj.{part}"),
         shapes=(shape, shape),
-        param_shape=(config.num_shards, 2, *shards[1:]),
+        param_shape=(config.num_shards, 2, shard_size, *tail),
         assemble=assemble,
+        part=of_shards,
     )
+    return rule

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.errors import ConfigError
 
@@ -28,15 +28,29 @@ AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices: shapes and shar
 def make_mesh(
     tensor_parallel_size: int = 1, *, data_parallel_size: int = 1, devices: Sequence[Any] | None = None
 ) -> Mesh:
-    """A mesh over the first devices, its axes "data" and "tensor"; neighbours share a layer."""
-    devices = jax.devices() if devices is None else devices
+    """A mesh over the first devices, its axes "data" and "tensor"; neighbours share a layer.
+
+    Without `devices` it takes those of this process, or an equal part of each host's where JAX runs on several.
+    """
     size = data_parallel_size * tensor_parallel_size
-    if len(devices) < size:
-        asked = f"tensor_parallel_size is {tensor_parallel_size}"
-        if data_parallel_size > 1:
-            asked += f" and data_parallel_size {data_parallel_size}: they take {size} devices"
-        raise ConfigError(f"{asked}, but {devices[0].platform} has {len(devices)} device(s)")
-    return Mesh(np.asarray(devices[:size]).reshape(data_parallel_size, tensor_parallel_size), (DATA, TENSOR))
+    given = [list(devices)] if devices is not None else _devices_by_host()
+    for rank, own in enumerate(given):
+        if len(own) * len(given) < size:
+            asked = f"tensor_parallel_size is {tensor_parallel_size}"
+            if data_parallel_size > 1:
+                asked += f" and data_parallel_size {data_parallel_size}: they take {size} devices"
+            if len(given) > 1:
+                asked += f", which is {size // len(given)} a host"
+            whose = f"{own[0].platform} on node rank {rank}" if len(given) > 1 else own[0].platform
+            raise ConfigError(f"{asked}, but {whose} has {len(own)} device(s)")
+    chosen = [device for own in given for device in own[: size // len(given)]]
+    return Mesh(np.asarray(chosen).reshape(data_parallel_size, tensor_parallel_size), (DATA, TENSOR))
+
+
+def _devices_by_host() -> list[list[Any]]:
+    devices = jax.devices()
+    ranks = sorted({device.process_index for device in devices})
+    return [[device for device in devices if device.process_index == rank] for rank in ranks]
 
 
 def platform_of(mesh: AnyMesh) -> str:
@@ -69,6 +83,29 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 def by_data_shard(mesh: AnyMesh) -> NamedSharding:
     """The sharding of an array whose first axis has the data shards' parts one after the other."""
     return NamedSharding(mesh, PER_DATA_SHARD)
+
+
+def spans_hosts(mesh: AnyMesh) -> bool:
+    """Whether some of a mesh's devices belong to other processes, which hold part of every array that is split."""
+    return isinstance(mesh, Mesh) and len({device.process_index for device in mesh.devices.flat}) > 1
+
+
+def to_devices(
+    value: np.ndarray, where: Sharding, *, shape: tuple[int, ...] | None = None, first_row: int = 0
+) -> jax.Array:
+    """Put an array on its devices; where they are those of several hosts each uploads its own parts, and sends nothing.
+
+    Every host has all of `value`; or, of an array of this `shape`, the rows from `first_row` on that its devices hold.
+    """
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    shape = value.shape if shape is None else shape
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(shape[0])
+        return value[(slice(start - first_row, stop - first_row), *index[1:])]
+
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def on_each_data_shard(

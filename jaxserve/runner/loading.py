@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+from jax.sharding import Sharding
 
 from jaxserve.config import ModelSettings
 from jaxserve.errors import ConfigError
-from jaxserve.models.base import DecoderConfig
-from jaxserve.parallel.mesh import sharding
+from jaxserve.models.base import DecoderConfig, WeightRule
+from jaxserve.parallel.mesh import sharding, to_devices
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.dummy import DummyCheckpoint
@@ -102,24 +103,37 @@ def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform
 
 
 def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[str, int, int], None]) -> Params:
-    """Every parameter on its devices, streamed tensor by tensor."""
+    """Every parameter on its devices, streamed tensor by tensor; rows that only other hosts hold are not read."""
     rules = graph.weight_rules()
     checkpoint = files.checkpoint
     if checkpoint is None:
         shapes = {name: shape for rule in rules for name, shape in zip(rule.sources, rule.shapes, strict=True)}
         checkpoint = DummyCheckpoint(files.hf_config, shapes, dtype=files.dtype, seed=files.seed)
 
-    def place(name: str, value: np.ndarray) -> jax.Array:
-        return jax.device_put(value, sharding(graph.mesh, graph.axes(name)))
+    shapes = {rule.param: rule.param_shape for rule in rules}
+    parts = {rule.param: _rows_of_this_host(rule, sharding(graph.mesh, graph.axes(rule.param))) for rule in rules}
+
+    def put(name: str, value: np.ndarray) -> jax.Array:
+        where, rows = sharding(graph.mesh, graph.axes(name)), parts[name][1]
+        return to_devices(value, where, shape=shapes[name], first_row=rows.start)
 
     return load_params(
         checkpoint,
-        rules,
+        [rule for rule, _ in parts.values()],
         dtype=files.dtype,
-        place=place,
+        place=put,
         tie_embeddings=files.decoder.tie_embeddings,  # as hf_overrides have it
         on_progress=on_progress,
     )
+
+
+def _rows_of_this_host(rule: WeightRule, where: Sharding) -> tuple[WeightRule, range]:
+    """The rule for what this host's devices hold of a parameter's first axis, and which rows those are."""
+    size = rule.param_shape[0]
+    slices = [index[0].indices(size) for index in where.addressable_devices_indices_map(rule.param_shape).values()]
+    rows = range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
+    part = None if rule.part is None or len(rows) == size else rule.part(rows)
+    return (rule, range(size)) if part is None else (part, rows)
 
 
 def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxserve.outputs import TokenLogprobs
-from jaxserve.parallel.mesh import DATA, by_data_shard
+from jaxserve.parallel.mesh import DATA, by_data_shard, to_devices
 from jaxserve.runner.batch import BatchBuilder, HostStep
 from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
 from jaxserve.runner.programs import LoadedModel, ProgramShapes
@@ -62,7 +62,7 @@ class ModelRunner:
         )
         num_slots = self._slots.num_data_shards * self._slots.slots_per_shard
         table = np.zeros((num_slots, shapes.max_model_len), np.int32)
-        self._tokens = jax.device_put(table, by_data_shard(graph.mesh))
+        self._tokens = to_devices(table, by_data_shard(graph.mesh))
         self._parameters = SlotParameters(
             max_num_seqs=num_slots - 1,
             vocab_size=graph.config.vocab_size,

@@ -11,12 +11,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
 from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
 from jaxserve.errors import ConfigError
-from jaxserve.parallel.mesh import DATA, EVERYWHERE, PER_DATA_SHARD, by_data_shard, on_each_data_shard, replicated
+from jaxserve.parallel.mesh import (
+    DATA,
+    EVERYWHERE,
+    PER_DATA_SHARD,
+    by_data_shard,
+    on_each_data_shard,
+    replicated,
+    spans_hosts,
+    to_devices,
+)
 from jaxserve.runner.batch import HostBatch, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.compilation import OnCompiled, compile_all
@@ -71,6 +80,8 @@ class Programs:
         self._graph = graph
         self._shapes = shapes
         self._num_data_shards = graph.mesh.shape[DATA]
+        self._by_data_shard = by_data_shard(graph.mesh)
+        self._spans_hosts = spans_hosts(graph.mesh)
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
         self._forward_packings = {
             bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
@@ -92,7 +103,7 @@ class Programs:
     ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
         """See `step.forward`; `caches` are donated."""
         packed = np.stack([self._forward_packings[bucket].pack(batch) for batch in batches])
-        return self._compiled["forward", bucket](params, caches, tokens, packed)
+        return self._compiled["forward", bucket](params, caches, tokens, self._split_input(packed))
 
     def sample(
         self,
@@ -106,20 +117,22 @@ class Programs:
         """See `step.sample_rows`; `tokens` is donated."""
         rows = hidden.shape[0] // len(batches)
         packed = np.stack([self._sample_packings[rows].pack(batch) for batch in batches])
-        return self._compiled["sample", rows, variant](head, hidden, tokens, packed, inputs)
+        inputs = jax.tree.map(self._split_input, inputs)
+        return self._compiled["sample", rows, variant](head, hidden, tokens, self._split_input(packed), inputs)
 
     def score_prompt(
         self, head: Params, hidden: jax.Array, indices: np.ndarray, target_ids: np.ndarray
     ) -> SampledTokens:
         """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a data shard."""
-        return self._compiled["score", hidden.shape[0] // self._num_data_shards](head, hidden, indices, target_ids)
+        program = self._compiled["score", hidden.shape[0] // self._num_data_shards]
+        return program(head, hidden, self._split_input(indices), self._split_input(target_ids))
 
     def write_slot(self, tokens: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
         """See `step.write_slot`; `slot` counts over all data shards, `tokens` is donated."""
         shard, slot = divmod(slot, self._shapes.tokens_shape[0])
         slots = np.zeros(self._num_data_shards, np.int32)  # the others write to their padding
         slots[shard] = slot
-        return self._compiled[("write_slot",)](tokens, slots, row)
+        return self._compiled[("write_slot",)](tokens, self._split_input(slots), row)
 
     def write_drafts(self, tokens: jax.Array, drafts: np.ndarray) -> jax.Array:
         """See `step.write_drafts`; slots count over all data shards, `tokens` is donated.
@@ -132,7 +145,12 @@ class Programs:
             own = drafts[:, drafts[0] // slots_per_shard == shard]
             part[:, : own.shape[1]] = own
             part[0, : own.shape[1]] -= shard * slots_per_shard
-        return self._compiled[("write_drafts",)](tokens, padded.reshape(-1, self._shapes.max_num_drafts))
+        padded = padded.reshape(-1, self._shapes.max_num_drafts)
+        return self._compiled[("write_drafts",)](tokens, self._split_input(padded))
+
+    def _split_input(self, value: Any) -> Any:
+        """A host array on its way into a program; jit itself takes those of one host alone."""
+        return to_devices(value, self._by_data_shard) if self._spans_hosts and isinstance(value, np.ndarray) else value
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +221,7 @@ class Programs:
             return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed[0]), inputs, variant=variant)
 
         sharded = self._on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
-        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=by_data_shard(self._graph.mesh))
+        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(self._by_data_shard, self._results()))
         inputs = jax.tree.map(
             lambda leaf: self._split(*leaf.shape, dtype=leaf.dtype),
             abstract_inputs(rows, variant, vocab_size=self._graph.config.vocab_size),
@@ -214,7 +232,7 @@ class Programs:
     def _lower_score(self, num_tokens: int) -> Lowered:
         program = partial(score_prompt, self._graph)
         sharded = self._on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
-        jitted = jax.jit(sharded, out_shardings=by_data_shard(self._graph.mesh))
+        jitted = jax.jit(sharded, out_shardings=self._results())
         rows = self._split(PROMPT_LOGPROB_ROWS)
         return jitted.lower(self._head(), self._hidden(num_tokens), rows, rows)
 
@@ -237,6 +255,10 @@ class Programs:
         return empty_batch(bucket, self._graph.backend, blocks_per_seq=blocks)
 
     # Abstract arguments ----------------------------------------------------------------------------------------------
+
+    def _results(self) -> NamedSharding:
+        """Where the host reads: on several hosts each must hold all of it."""
+        return replicated(self._graph.mesh) if self._spans_hosts else self._by_data_shard
 
     def _split(self, first: int, *rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         """An array with `first` entries a data shard."""

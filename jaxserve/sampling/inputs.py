@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxserve.parallel.mesh import to_devices
 from jaxserve.sampling_params import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -223,7 +224,7 @@ class SlotParameters:
         if self._gathered is None or self._gathered[0] != key:
             rules = jax.tree.map(lambda table: table[slots], self._rules)
             if self.sharding is not None:
-                rules = jax.device_put(rules, self.sharding)
+                rules = jax.tree.map(partial(to_devices, where=self.sharding), rules)
             self._gathered = (key, rules)
         return self._gathered[1]
 

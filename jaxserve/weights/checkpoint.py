@@ -31,6 +31,10 @@ class Checkpoint(Protocol):
         """Read one tensor into fresh memory; bfloat16 and float8 come as ml_dtypes' types."""
         ...
 
+    def read_rows(self, name: str, rows: range) -> np.ndarray:
+        """Read some rows of one tensor, and no others where the files allow it."""
+        ...
+
     def hf_config(self) -> dict[str, Any]:
         """Return config.json, or the same made from the file's metadata."""
         ...

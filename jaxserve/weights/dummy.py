@@ -66,6 +66,10 @@ class DummyCheckpoint:
             part[:] = period[: part.size]
         return values
 
+    def read_rows(self, name: str, rows: range) -> np.ndarray:
+        """Return some rows of `read`."""
+        return self.read(name)[rows.start : rows.stop]
+
     def hf_config(self) -> dict[str, Any]:
         """Return the given config."""
         return self._config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,19 @@ class GGUFCheckpoint:
 
     def read(self, name: str) -> np.ndarray:
         """Read and dequantise one tensor; q and k come back in Hugging Face's order of rotary dimensions."""
-        values = self._values(self._tensor(name), self._dtype)
+        return self.read_rows(name, range(self.shape(name)[0]))
+
+    def read_rows(self, name: str, rows: range) -> np.ndarray:
+        """Read and dequantise some rows of one tensor; of q and k, those of whole heads."""
+        whole = self._tensor(name)
+        row_bytes = whole.num_bytes // whole.shape[0]
+        offset, num_bytes = whole.offset + rows.start * row_bytes, len(rows) * row_bytes
+        tensor = replace(whole, shape=(len(rows), *whole.shape[1:]), offset=offset, num_bytes=num_bytes)
+        values = self._values(tensor, self._dtype)
         if self._config["model_type"] == "llama" and ".q_proj." in name:
-            return _undo_rope_order(values, self._config["num_attention_heads"])
+            return _undo_rope_order(values, self._config["num_attention_heads"] * len(rows) // whole.shape[0])
         if self._config["model_type"] == "llama" and ".k_proj." in name:
-            return _undo_rope_order(values, self._config["num_key_value_heads"])
+            return _undo_rope_order(values, self._config["num_key_value_heads"] * len(rows) // whole.shape[0])
         return values
 
     def hf_config(self) -> dict[str, Any]:

@@ -106,7 +106,11 @@ def _read_ahead(
 
 
 def _prepare(checkpoint: Checkpoint, rule: WeightRule, dtype: np.dtype) -> np.ndarray:
-    array = rule.assemble([checkpoint.read(source) for source in rule.sources])
+    if rule.rows is None:
+        tensors = [checkpoint.read(source) for source in rule.sources]
+    else:
+        tensors = [checkpoint.read_rows(source, rows) for source, rows in zip(rule.sources, rule.rows, strict=True)]
+    array = rule.assemble(tensors)
     if array.shape != rule.param_shape:
         raise CheckpointError(
             f"parameter {rule.param!r} came out of {name_list(list(rule.sources))} with shape {list(array.shape)}, "

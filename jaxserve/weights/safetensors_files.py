@@ -89,6 +89,13 @@ class SafetensorsCheckpoint:
         data = read_bytes(tensor.file, tensor.offset, math.prod(tensor.shape) * tensor.dtype.itemsize)
         return data.view(tensor.dtype).reshape(tensor.shape)
 
+    def read_rows(self, name: str, rows: range) -> np.ndarray:
+        """Read some rows of one tensor as they are stored."""
+        tensor = self._tensor(name)
+        row_bytes = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+        data = read_bytes(tensor.file, tensor.offset + rows.start * row_bytes, len(rows) * row_bytes)
+        return data.view(tensor.dtype).reshape(len(rows), *tensor.shape[1:])
+
     def hf_config(self) -> dict[str, Any]:
         """Return config.json."""
         return self._config

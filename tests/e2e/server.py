@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -53,14 +53,16 @@ def wait_for(condition: Callable[[], Value], timeout_s: float, what: str = "") -
 class ServerProcess:
     """A running server; `url` is known once it serves. Use `with`: its end kills what is left."""
 
-    def __init__(self, log: Path, *arguments: str, subcommand: str = "serve") -> None:
+    def __init__(
+        self, log: Path, *arguments: str, subcommand: str = "serve", env: Mapping[str, str] | None = None
+    ) -> None:
         self.log = log
         self.url = ""
         with open(log, "w") as log_file:
             self.process = subprocess.Popen(
                 command(subcommand, *arguments, "--port", "0"),
                 cwd=ROOT,
-                env=environment(),
+                env=environment() | (env or {}),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,

@@ -1,0 +1,167 @@
+"""Two and four hosts over loopback: the tokens of one process, the real openai client, and hosts that die or hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+from openai import OpenAI
+
+from jaxserve.engine.core import EngineCore
+from tests.checkpoints import save_random_llama
+from tests.e2e.server import wait_for
+from tests.e2e.tiny_model import write_tokenizer
+from tests.harness import greedy, run, tiny_config, tokens
+from tests.hosts.group import Group
+
+pytestmark = pytest.mark.multihost
+
+NUM_TOKENS = 16
+PROMPTS = [[7], [5, 9, 200, 31, 18], list(range(3, 40)), list(range(3, 40)) + [77, 78]]
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}  # tokens are the same, more programs run
+ANSWER_WITHIN_S = 10
+RESTART_WITHIN_S = 120
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_random_llama(
+        tmp_path_factory.mktemp("hosts") / "model", num_hidden_layers=2, num_attention_heads=4, vocab_size=257
+    )
+    return write_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> list[list[int]]:
+    """What one process answers."""
+    core = EngineCore(tiny_config(str(model), max_num_batched_tokens=16, token_buckets=(16,), max_num_seqs=2))
+    answers = [tokens(deltas) for deltas in run(core, PROMPTS, greedy(NUM_TOKENS))]
+    core.shutdown()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def two_hosts(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Iterator[Group]:
+    flags = ("--tensor-parallel-size", "2", "--speculative-config", json.dumps(DRAFTS))
+    with Group(tmp_path_factory.mktemp("two"), model, 2, *flags) as group:
+        yield group
+
+
+def client(group: Group) -> OpenAI:
+    return OpenAI(base_url=f"{group.leader.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def answer(group: Group, prompt: list[int]) -> list[int]:
+    """The greedy continuation's token ids, by the real client."""
+    with client(group) as api:
+        (model,) = api.models.list().data
+        extra = {"ignore_eos": True, "return_token_ids": True}
+        completion = api.completions.create(
+            model=model.id, prompt=prompt, max_tokens=NUM_TOKENS, temperature=0, extra_body=extra
+        )
+    return completion.choices[0].model_dump()["token_ids"]
+
+
+def answers(group: Group) -> list[list[int]]:
+    """Those of all prompts, asked for at once."""
+    with ThreadPoolExecutor(len(PROMPTS)) as threads:
+        return list(threads.map(lambda prompt: answer(group, prompt), PROMPTS))
+
+
+def keep_streaming(group: Group) -> tuple[str, float]:
+    """Read long streams until one fails: how it failed, and when."""
+    with client(group) as api:
+        (model,) = api.models.list().data
+        try:
+            while True:
+                stream = api.completions.create(
+                    model=model.id, prompt=[9] * 8, max_tokens=110, temperature=0, stream=True, n=8,
+                    extra_body={"ignore_eos": True},
+                )  # fmt: skip
+                for _ in stream:
+                    pass
+        except openai.APIError as error:
+            return str(error), time.monotonic()
+
+
+def streams_cut_by(group: Group, harm: int, pid: int) -> list[str]:
+    """Send a signal while clients stream; the errors they get, all of them in time."""
+    with ThreadPoolExecutor(4) as threads:
+        streams: list[Future[tuple[str, float]]] = [threads.submit(keep_streaming, group) for _ in range(4)]
+        wait_for(lambda: group.leader.metric("num_requests_running") > 0, 30, "streams")
+        time.sleep(0.3)
+        begin_s = time.monotonic()
+        os.kill(pid, harm)
+        ends = [stream.result(60) for stream in streams]
+    assert max(end_s for _, end_s in ends) - begin_s < ANSWER_WITHIN_S
+    return [error for error, _ in ends]
+
+
+def health(group: Group) -> int:
+    return httpx.get(f"{group.leader.url}/health", timeout=10).status_code
+
+
+def wait_until_ready(group: Group) -> None:
+    wait_for(
+        lambda: httpx.get(f"{group.leader.url}/ready", timeout=10).status_code == 200, RESTART_WITHIN_S, group.logs()
+    )
+
+
+def test_two_hosts_give_the_tokens_of_one_process(two_hosts, wanted):
+    assert answers(two_hosts) == wanted
+    assert two_hosts.leader.metric("compiles_after_ready_total") == 0
+
+
+def test_seeds_logprobs_and_penalties_work_on_two_hosts(two_hosts):
+    with client(two_hosts) as api:
+        (model,) = api.models.list().data
+        texts = set()
+        for _ in range(2):
+            completion = api.completions.create(
+                model=model.id, prompt="abc", max_tokens=8, seed=3, logprobs=2, presence_penalty=0.5,
+                extra_body={"prompt_logprobs": 1},
+            )  # fmt: skip
+            texts.add(completion.choices[0].text)
+            assert completion.choices[0].logprobs is not None
+    assert len(texts) == 1
+
+
+def test_a_followers_engine_that_is_killed_ends_all_streams_and_comes_back(two_hosts, wanted):
+    errors = streams_cut_by(two_hosts, signal.SIGKILL, two_hosts.followers[1].engine().pid)
+    assert all("node rank 1 was killed by SIGKILL" in error for error in errors), errors
+    assert health(two_hosts) == 503
+    wait_until_ready(two_hosts)
+    assert health(two_hosts) == 200
+    assert answers(two_hosts) == wanted
+
+
+def test_a_host_that_hangs_is_noticed_and_another_takes_its_place(two_hosts, wanted):
+    """A stopped command still has its connection: only its silence tells."""
+    errors = streams_cut_by(two_hosts, signal.SIGSTOP, two_hosts.followers[1].process.pid)
+    assert all("node rank 1 was not heard" in error for error in errors), errors
+    assert health(two_hosts) == 503
+    two_hosts.followers[1].kill()
+    two_hosts.followers[1] = two_hosts.start_follower(1)
+    wait_until_ready(two_hosts)
+    assert answers(two_hosts) == wanted
+
+
+def test_all_hosts_end_with_the_leader(two_hosts):
+    two_hosts.leader.terminate()
+    assert two_hosts.leader.process.wait(20) == 0, two_hosts.logs()
+    assert two_hosts.followers[1].process.wait(20) == 0, two_hosts.logs()
+    assert "Traceback" not in two_hosts.followers[1].log.read_text()
+
+
+def test_four_hosts_of_two_data_shards_give_the_tokens_of_one_process(tmp_path, model, wanted):
+    with Group(tmp_path, model, 4, "--tensor-parallel-size", "2", "--data-parallel-size", "2") as group:
+        assert answers(group) == wanted
+        assert group.leader.metric("compiles_after_ready_total") == 0
