@@ -26,7 +26,8 @@ from jaxserve.runner.memory import (
     num_useful_blocks,
 )
 from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.progress import loading_progress
 

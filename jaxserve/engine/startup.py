@@ -25,7 +25,7 @@ from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
-from jaxserve.runner.programs import ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings

@@ -20,7 +20,7 @@ from jaxserve.plan.models import planned_model
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import ModelFiles
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.programs import ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.scheduler.settings import SchedulerSettings
 
 _PLATFORM_OF_DEVICE = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}

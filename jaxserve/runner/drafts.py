@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxserve.runner.batch import BatchBuilder, draft_places
-from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
@@ -139,7 +140,7 @@ class DraftModel:
         """One pass of the model; where rows sample, a draft of each is drawn into the token table."""
         plan = step.as_plan()
         built = self._builder.build(plan)
-        _, rows, self._caches = self._programs.forward(
+        _, rows, _, self._caches = self._programs.forward(
             self._params,
             self._caches,
             tokens,

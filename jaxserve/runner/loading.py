@@ -117,6 +117,7 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
         rules,
         dtype=files.dtype,
         place=place,
+        ignored=graph.unused_tensors(),
         tie_embeddings=files.decoder.tie_embeddings,  # as hf_overrides have it
         on_progress=on_progress,
     )

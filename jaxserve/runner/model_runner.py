@@ -12,7 +12,8 @@ from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import DATA, by_data_shard
 from jaxserve.runner.batch import BatchBuilder, HostStep
 from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
-from jaxserve.runner.programs import LoadedModel, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
@@ -83,7 +84,7 @@ class ModelRunner:
             self._occupy(new)
         self._tokens, draft_ids = self._drafts.place(plan, self._tokens)
         step = self._builder.build(plan)
-        hidden, rows, self._caches = self._programs.forward(
+        hidden, rows, features, self._caches = self._programs.forward(
             self._params,
             self._caches,
             self._tokens,
