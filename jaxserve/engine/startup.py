@@ -14,18 +14,19 @@ import jaxserve
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
-from jaxserve.engine.assembly import Assembly, ModelParts, OnProgress, Phases
+from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
-from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_draft_models
+from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_models
 from jaxserve.layers.numerics import Numerics
 from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
-from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.model_graph import choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
 from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
@@ -62,20 +63,20 @@ def start(config: Config, on_progress: OnProgress) -> Started:
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
-        model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
-        models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))
+        models = open_models(config, files, backend, max_model_len=settings.max_model_len)
     assembly = Assembly(
         config=config,
         mesh=mesh,
         models=models,
         settings=settings,
-        buckets=step_buckets(config, settings, model.graph.numerics),
+        buckets=step_buckets(config, settings, models[0].graph.numerics),
         memory_share=memory_share,
         phases=phases,
     )
-    (loaded, *draft_models), shapes = assembly.assemble()
+    (loaded, *drafting), shapes = assembly.assemble()
+    assert isinstance(loaded, LoadedModel)
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
+    runner = ModelRunner(loaded, shapes, drafting=next(iter(drafting), None))
     guard.arm()
     info = CoreInfo(
         max_model_len=settings.max_model_len,

@@ -34,6 +34,11 @@ class Drafts(Protocol):
         """The token table with the plan's drafts in it; `tokens` is donated. Slots and blocks are up to date."""
         ...
 
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """The model has computed the plan's rows, and their new tokens are in the table; `features` is what a draft
+        head reads of the model, [tokens, features] in the order of the step's batches."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class KnownIds:
@@ -55,6 +60,9 @@ class GivenDrafts:
         if plan.drafts:
             tokens = self._programs.write_drafts(tokens, draft_places(plan))
         return tokens, KnownIds(plan.drafts)
+
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """Nothing."""
 
 
 @dataclass(slots=True)
@@ -115,6 +123,9 @@ class DraftModel:
             starts = [end + index - 1 for end in ends]
             tokens = self._run(_Pass(plan, rows, starts, [1] * len(rows), [True] * len(rows)), tokens, drawn)
         return tokens, drawn
+
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """Nothing: it has gone ahead."""
 
     def _first_passes(self, plan: StepPlan) -> list[_Pass]:
         """All rows' tokens without drafts, and with the last draft of the step before where that held."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.stages import Compiled
 
 from jaxserve.cache.kv_cache import KVCacheSpec
+from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import DATA, by_data_shard, on_each_data_shard
 from jaxserve.runner.batch import empty_batch
 from jaxserve.runner.buckets import Buckets
@@ -97,3 +100,18 @@ class ProgramArguments:
             lambda leaf: self.split(*leaf.shape, dtype=leaf.dtype),
             abstract_inputs(rows, variant, vocab_size=self._graph.config.vocab_size),
         )
+
+
+def bytes_of_a_device(params: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """Bytes of a device's parts of parameters."""
+    return sum(math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize for value in params.values())
+
+
+def sizes_of(compiled: Compiled) -> Any:
+    """The compiler's count of a program's memory; `ConfigError` where it tells none."""
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        raise ConfigError(
+            "the compiler does not tell how much memory a step takes; set kv_cache_memory_bytes to size the KV pool"
+        )
+    return sizes

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,12 +13,11 @@ import numpy as np
 from jax.stages import Compiled, Lowered
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import EVERYWHERE, PER_DATA_SHARD, by_data_shard, replicated
 from jaxserve.runner.buckets import Bucket
-from jaxserve.runner.compilation import OnCompiled, compile_all
+from jaxserve.runner.compilation import CompileJobs, OnCompiled, compile_all
 from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes, bytes_of_a_device, sizes_of
 from jaxserve.runner.step import (
     PROMPT_LOGPROB_ROWS,
     ForwardBatch,
@@ -33,8 +31,6 @@ from jaxserve.runner.step import (
 from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant
 from jaxserve.sampling.sampler import SampledTokens
 
-CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
-
 
 class Programs:
     """Compiled programs by shape. Caches and the token table are donated to the calls that change them.
@@ -42,7 +38,9 @@ class Programs:
     What differs between data shards comes as a list with an entry a shard, or with their parts along the first axis.
     """
 
-    def __init__(self, graph: ModelGraph, shapes: ProgramShapes) -> None:
+    def __init__(self, graph: ModelGraph, shapes: ProgramShapes, *, only_draws: bool = False) -> None:
+        """With `only_draws` no more than `forward` and `sample` is compiled."""
+        self._only_draws = only_draws
         self._graph = graph
         self._shapes = shapes
         self._arguments = ProgramArguments(graph, shapes)
@@ -106,17 +104,15 @@ class Programs:
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(
-        self, *, only_draws: bool = False, num_threads: int | None = None, on_compiled: OnCompiled | None = None
-    ) -> None:
-        """Compile everything, the largest step first; with `only_draws` no more than `forward` and `sample`."""
+    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
+        """Compile everything, the largest step first."""
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
                 jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
-        if not only_draws:
+        if not self._only_draws:
             for num_tokens in self._shapes.buckets.token_sizes:
                 jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
             jobs[("write_slot",)] = self._lower_write_slot
@@ -203,18 +199,3 @@ class LoadedModel:
     params: Params
     programs: Programs
     caches: list[LayerCache]
-
-
-def bytes_of_a_device(params: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """Bytes of a device's parts of parameters."""
-    return sum(math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize for value in params.values())
-
-
-def sizes_of(compiled: Compiled) -> Any:
-    """The compiler's count of a program's memory; `ConfigError` where it tells none."""
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        raise ConfigError(
-            "the compiler does not tell how much memory a step takes; set kv_cache_memory_bytes to size the KV pool"
-        )
-    return sizes
