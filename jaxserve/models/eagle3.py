@@ -163,7 +163,7 @@ def _places_rule(config: HeadConfig) -> WeightRule:
         token_ids = tensors[0].astype(np.int64) + np.arange(config.draft_vocab_size)
         if token_ids.min() < 0 or token_ids.max() >= config.vocab_size or len(np.unique(token_ids)) < len(token_ids):
             raise CheckpointError(
-                f"the draft head's d2t leads to tokens from {token_ids.min()} to {token_ids.max()}, "
+                f"d2t leads to tokens from {token_ids.min()} to {token_ids.max()}, "
                 f"{len(np.unique(token_ids))} in all; it must lead to {config.draft_vocab_size} different tokens of "
                 f"the model's {config.vocab_size}"
             )

@@ -106,7 +106,11 @@ def _read_ahead(
 
 
 def _prepare(checkpoint: Checkpoint, rule: WeightRule, dtype: np.dtype) -> np.ndarray:
-    array = rule.assemble([checkpoint.read(source) for source in rule.sources])
+    tensors = [checkpoint.read(source) for source in rule.sources]
+    try:
+        array = rule.assemble(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
     if array.shape != rule.param_shape:
         raise CheckpointError(
             f"parameter {rule.param!r} came out of {name_list(list(rule.sources))} with shape {list(array.shape)}, "

@@ -40,7 +40,8 @@ def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarr
     speculative = SpeculativeConfig(method=method, model=str(head) if head else None)
     target = open_model(ModelSettings(model=str(model), dtype="float32"))
     opened = open_head(speculative, target, is_dummy=False, max_model_len=128)
-    backend = choose_backend(opened.config, dtype=np.float32, block_size=16, mesh=make_mesh())
+    mesh = make_mesh()
+    backend = choose_backend(opened.config, dtype=np.float32, block_size=16, mesh=mesh)
     graph = ModelGraph(opened.config, dtype=np.float32, backend=backend, family=opened.family)
     model_graph = ModelGraph(target.decoder, dtype=np.float32, backend=backend)
     params = opened.complete(
@@ -74,7 +75,7 @@ def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarr
         return bound.logits(states)
 
     token_ids = np.pad(np.array(PROMPT[1:], np.int32), (0, padding))
-    caches = graph.kv_cache_spec().allocate(5, graph.mesh)
+    caches = graph.kv_cache_spec().allocate(5, mesh)
     return np.asarray(step(params, caches, token_ids, np.pad(features, ((0, padding), (0, 0))), inputs))[:count]
 
 

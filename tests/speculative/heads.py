@@ -49,7 +49,7 @@ def transformers_model(folder: Path) -> Any:
     from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
     is_mimo = "MiMo" in (folder / "config.json").read_text()
-    kind = Qwen2ForCausalLM if is_mimo else LlamaForCausalLM
+    kind: Any = Qwen2ForCausalLM if is_mimo else LlamaForCausalLM
     return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
@@ -99,7 +99,7 @@ def save_speculators(head: Eagle3Reference, folder: Path, **changes: Any) -> Pat
     return folder
 
 
-def train_eagle3(model: Path, sequences: list[list[int]], *, num_steps: int = 150) -> Eagle3Reference:
+def train_eagle3(model: Path, sequences: list[list[int]], *, num_steps: int = 100) -> Eagle3Reference:
     """A head that knows these sequences by heart: each token's guess, and each state as near as may be to the next.
 
     The sequences lie behind one another, and none sees another.
@@ -117,6 +117,7 @@ def train_eagle3(model: Path, sequences: list[list[int]], *, num_steps: int = 15
     allowed = (owner[:, None] == owner) & (positions[:, None] >= positions)
     has_next = owner[1:] == owner[:-1]
     optimiser = torch.optim.Adam(head.parameters(), lr=5e-3)
+    torch.set_num_threads(1)  # products so small wait for each other
     for _ in range(num_steps):
         inputs = head.combine(features)
         states = head.advance(inputs, read, allowed, positions)
@@ -138,7 +139,7 @@ def save_mimo(folder: Path, *, is_markov: bool = False) -> tuple[Path, MiMoRefer
 
     torch.manual_seed(5)
     values = {name: value for name, value in TINY.items() if name != "initializer_range"}
-    model = Qwen2ForCausalLM(Qwen2Config(**values, initializer_range=0.25)).to(torch.float32)
+    model: Any = Qwen2ForCausalLM(Qwen2Config(**values, initializer_range=0.25)).to(torch.float32)
     config = json.loads(model.config.to_json_string())
     config |= {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
     config |= {"num_nextn_predict_layers": 1, "rope_theta": 10000.0}

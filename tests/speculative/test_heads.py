@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from jaxserve.engine import assembly
 from jaxserve.engine.core import EngineCore
@@ -16,11 +17,12 @@ from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
 from tests.checkpoints import save_random_llama
 from tests.harness import greedy, run, tiny_config, tokens
-from tests.speculative.heads import model_features, save_eagle3, save_mimo, train_eagle3
+from tests.speculative.heads import model_features, save_eagle3, save_mimo, train_eagle3, transformers_model
 from tests.speculative.reference_heads import Reference, reference_drafts
 
 NUM_TOKENS = 24
 NUM_DRAFTS = 3
+ONE_BUCKET = {"max_num_batched_tokens": 32, "token_buckets": (32,)}  # fewer programs to compile
 _rng = np.random.default_rng(13)
 _shared = _rng.integers(3, 320, 36).tolist()
 PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 33, 70)] + [[*_shared, 5], [*_shared, 6, 7]]
@@ -50,7 +52,7 @@ class Setting:
 
 
 def answers(model: Path) -> list[list[int]]:
-    core = EngineCore(tiny_config(str(model)))
+    core = EngineCore(tiny_config(str(model), **ONE_BUCKET))
     given = [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)]
     core.shutdown()
     return given
@@ -77,7 +79,17 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def sure(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """A head that is right about every greedy token."""
     model, head = save_mimo(tmp_path_factory.mktemp("sure"), is_markov=True)
-    return Setting(model, True, {"method": "mtp"}, head, answers(model))
+    return Setting(model, True, {"method": "mtp"}, head, [])
+
+
+def greedy_answer(model: Path, prompt: list[int]) -> list[int]:
+    """From transformers, whose own config it takes: everything is computed again for each token."""
+    sequence = list(prompt)
+    loaded = transformers_model(model)
+    with torch.no_grad():
+        for _ in range(NUM_TOKENS):
+            sequence.append(int(loaded(torch.tensor([sequence])).logits[0, -1].argmax()))
+    return sequence[len(prompt) :]
 
 
 def check(setting: Setting, core: EngineCore) -> float:
@@ -93,12 +105,10 @@ def check(setting: Setting, core: EngineCore) -> float:
 
 
 WAYS = {
-    "batched": {},
-    "synchronous": {"async_scheduling": False},
-    "chunked": {"max_num_batched_tokens": 8, "token_buckets": (8,)},
-    "preempted": {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
-    "two devices": {"tensor_parallel_size": 2},
-    "two data shards": {"data_parallel_size": 2},
+    "batched": ONE_BUCKET,
+    "chunked, synchronous": {"max_num_batched_tokens": 8, "token_buckets": (8,), "async_scheduling": False},
+    "preempted": ONE_BUCKET | {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
+    "two devices, two data shards": ONE_BUCKET | {"tensor_parallel_size": 2, "data_parallel_size": 2},
 }
 
 
@@ -106,28 +116,28 @@ WAYS = {
 def test_a_trained_eagle3_head_saves_steps_and_changes_no_answer(eagle3: Setting, changes: dict) -> None:
     core = eagle3.core(**changes)
     assert check(eagle3, core) > 0.3
-    assert core.stats().num_preemptions > 0 or "num_gpu_blocks_override" not in changes
+    stats = core.stats()
+    assert stats.num_preemptions > 0 or "num_gpu_blocks_override" not in changes
+    assert stats.prefix_hit_tokens > 0
 
 
-@pytest.mark.parametrize("changes", [WAYS["batched"], WAYS["two devices"]], ids=["one device", "two devices"])
-def test_a_random_mtp_head_changes_no_answer(mimo: Setting, changes: dict) -> None:
-    assert check(mimo, mimo.core(**changes)) < 0.5
+def test_a_random_mtp_head_changes_no_answer_on_two_devices(mimo: Setting) -> None:
+    assert check(mimo, mimo.core(**ONE_BUCKET, tensor_parallel_size=2)) < 0.5
 
 
-@pytest.mark.parametrize("changes", [WAYS["batched"], WAYS["preempted"]], ids=["batched", "preempted"])
-def test_a_head_that_says_what_the_model_says_is_right_about_every_greedy_token(sure: Setting, changes: dict) -> None:
-    core = sure.core(**changes)
-    given = [tokens(deltas) for deltas in run(core, PROMPTS, greedy(NUM_TOKENS))]
-    drafts = core.stats().drafts
-    assert drafts.num_draft_tokens == drafts.num_accepted_tokens > 50
+def test_a_head_that_says_what_the_model_says_is_right_about_every_greedy_token(sure: Setting) -> None:
+    core = sure.core(**WAYS["preempted"])
+    prompts = PROMPTS[1:]  # behind a prompt of one token the head has seen no token
+    given = [tokens(deltas) for deltas in run(core, prompts, greedy(NUM_TOKENS))]
+    stats = core.stats()
     core.shutdown()
-    plain = EngineCore(tiny_config(str(sure.model)))
-    assert given == [tokens(deltas) for deltas in run(plain, PROMPTS, greedy(NUM_TOKENS))]
-    plain.shutdown()
+    assert stats.num_preemptions > 0
+    assert stats.drafts.num_draft_tokens == stats.drafts.num_accepted_tokens > 50
+    assert max(stats.drafts.accepted_per_position[1:]) > 10
+    assert given == [greedy_answer(sure.model, prompt) for prompt in prompts]
 
 
-@pytest.mark.parametrize("name", ["eagle3", "mimo"])
-@pytest.mark.parametrize("way", ["batched", "chunked"])
+@pytest.mark.parametrize(("name", "way"), [("eagle3", "batched"), ("mimo", "chunked, synchronous")])
 def test_greedy_drafts_are_those_of_the_reference(name: str, way: str, request: pytest.FixtureRequest) -> None:
     setting: Setting = request.getfixturevalue(name)
     core = setting.core(enable_prefix_caching=False, **WAYS[way])
@@ -138,7 +148,8 @@ def test_greedy_drafts_are_those_of_the_reference(name: str, way: str, request: 
         pending = dispatch(plan)
         for row, draft_ids in plan.drafts.items():
             known = plan.starts[row] + plan.num_tokens[row] - len(draft_ids)
-            seen.append((plan.request_ids[row], known, pending.draft_ids.fetch, row))
+            fetch: Any = pending.draft_ids.fetch  # type: ignore[attr-defined]
+            seen.append((plan.request_ids[row], known, fetch, row))
         return pending
 
     core._runner.dispatch = watched
@@ -156,22 +167,15 @@ def test_greedy_drafts_are_those_of_the_reference(name: str, way: str, request: 
         assert drafts == reference_drafts(setting.head, features[request_id], sequence, len(drafts))
 
 
-def test_drafts_adapt_to_a_head_that_is_never_right(mimo: Setting) -> None:
-    core = mimo.core()
-    eager = check(mimo, core), core.stats().drafts.num_draft_tokens
-    core = EngineCore(tiny_config(str(mimo.model), speculative_config={"method": "mtp", "num_speculative_tokens": 3}))
-    assert [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)] == mimo.wanted
-    assert core.stats().drafts.num_draft_tokens < eager[1] / 2
-    core.shutdown()
-
-
 def test_on_a_device_with_memory_of_its_own_both_get_their_part(eagle3: Setting, monkeypatch) -> None:
+    pool_bytes = 400 * 1024
+
     def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
-        return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
+        return DeviceMemory(limit_bytes=pool_bytes + step_bytes, in_use_bytes=0, step_bytes=step_bytes)
 
     monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
-    core = eagle3.core(num_gpu_blocks_override=None, max_num_seqs=64)
-    block_bytes = 2 * 16 * 4 * (3 * 2 * 8 + 1 * 2 * 16)  # K and V, positions, bytes; the model's, the head's
-    assert 2 < core.info.num_blocks <= 9 * 2**20 // block_bytes
+    core = eagle3.core(**ONE_BUCKET, num_gpu_blocks_override=None)
+    block_bytes = 2 * 16 * 4 * (3 * 2 * 8 + 1 * 2 * 16)  # K and V, positions, bytes; the model's heads, the head's
+    assert 0.8 * pool_bytes < core.info.num_blocks * block_bytes <= pool_bytes
     assert check(eagle3, core) > 0.3
