@@ -8,9 +8,12 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from jaxserve.config_values import Settings, parse_object
 
-Method: TypeAlias = Literal["ngram", "draft_model"]
+Method: TypeAlias = Literal["ngram", "draft_model", "eagle3", "mtp"]
 METHODS: tuple[Method, ...] = get_args(Method)
-_NOT_BUILT = ("eagle", "eagle3", "mtp", "medusa", "mlp_speculator", "suffix", "ngram_gpu")  # vLLM has them
+HEAD_METHODS: tuple[Method, ...] = ("eagle3", "mtp")  # a layer that reads the model's hidden states
+_NEEDS_MODEL: tuple[Method, ...] = ("draft_model", "eagle3")
+_OTHER_NAMES = {"mimo_mtp": "mtp"}  # vLLM's
+_NOT_BUILT = ("eagle", "deepseek_mtp", "medusa", "mlp_speculator", "suffix", "ngram_gpu")  # vLLM has them
 
 MAX_SPECULATIVE_TOKENS = 32
 
@@ -19,10 +22,13 @@ class SpeculativeConfig(Settings):
     """What `--speculative-config` holds."""
 
     method: Method = Field(
-        description="ngram: what followed the last tokens where they stood before; draft_model: a smaller model."
+        description="ngram: what followed the last tokens where they stood before; draft_model: a smaller model; "
+        "eagle3: an EAGLE-3 head; mtp: the head in a MiMo checkpoint."
     )
     model: str | None = Field(
-        default=None, min_length=1, description="draft_model: where the smaller model is, of the same vocabulary."
+        default=None,
+        min_length=1,
+        description="Where the smaller model or the head is, made for the same vocabulary. [mtp: the model's own]",
     )
     num_speculative_tokens: int = Field(
         default=5, ge=1, le=MAX_SPECULATIVE_TOKENS, description="Most tokens guessed at once for a request."
@@ -45,6 +51,8 @@ class SpeculativeConfig(Settings):
         if values.get("model") is not None:
             values.setdefault("method", "draft_model")
         method = values.get("method")
+        if isinstance(method, str) and method in _OTHER_NAMES:
+            method = values["method"] = _OTHER_NAMES[method]
         if method in _NOT_BUILT:
             raise ValueError(f"must have a method that is built ({', '.join(METHODS)}); {method!r} is not")
         if method not in METHODS:
@@ -53,8 +61,10 @@ class SpeculativeConfig(Settings):
 
     @model_validator(mode="after")
     def _check_together(self) -> SpeculativeConfig:
-        if (self.method == "draft_model") != (self.model is not None):
-            raise ValueError(f"must have a model with method 'draft_model' and with no other; method: {self.method!r}")
+        if self.method in _NEEDS_MODEL and self.model is None:
+            raise ValueError(f"must have a model with method {self.method!r}: the folder or hub id of what drafts")
+        if self.method == "ngram" and self.model is not None:
+            raise ValueError(f"must have no model with method 'ngram', which needs none; model: {self.model!r}")
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
                 f"must have prompt_lookup_min ({self.prompt_lookup_min}) at most prompt_lookup_max "

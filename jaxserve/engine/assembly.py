@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -16,6 +17,7 @@ from jaxserve.config import Config
 from jaxserve.engine.side_by_side import GivenUp, side_by_side
 from jaxserve.parallel.mesh import DATA, platform_of
 from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.head_programs import HeadPrograms, LoadedHead
 from jaxserve.runner.loading import ModelFiles, load_weights
 from jaxserve.runner.memory import (
     DeviceMemory,
@@ -26,11 +28,13 @@ from jaxserve.runner.memory import (
     num_useful_blocks,
 )
 from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.progress import loading_progress
 
 OnProgress = Callable[[str], None]
+Loaded: TypeAlias = LoadedModel | LoadedHead
 
 
 class Phases:
@@ -54,11 +58,21 @@ class ModelParts:
 
     files: ModelFiles
     graph: ModelGraph
+    only_draws: bool = False  # it drafts: nobody asks it for more
+
+    def programs(self, shapes: ProgramShapes) -> Programs | HeadPrograms:
+        """What is to be compiled for it."""
+        shapes = replace(shapes, kv_spec=self.graph.kv_cache_spec())
+        return Programs(self.graph, shapes, only_draws=self.only_draws)
+
+    def loaded(self, params: Params, model: Params, programs: Any, caches: list[LayerCache]) -> Loaded:
+        """All of it together; `model` are the parameters of the model that answers."""
+        return LoadedModel(graph=self.graph, params=params, programs=programs, caches=caches)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """Brings weights, pools and programs together: of the model, and of one that drafts for it, if there is one.
+    """Brings weights, pools and programs together: of the model, and of what drafts for it, if there is such.
 
     Their pools have the same blocks, so a block takes the bytes of both.
     """
@@ -78,7 +92,7 @@ class Assembly:
         first, *others = (model.graph.kv_cache_spec() for model in self.models)
         return replace(first, beside_bytes=sum(other.block_bytes for other in others))
 
-    def assemble(self) -> tuple[list[LoadedModel], ProgramShapes]:
+    def assemble(self) -> tuple[list[Loaded], ProgramShapes]:
         """Side by side where the pool's size is known beforehand, else one after the other."""
         useful = num_useful_blocks(
             self.spec, max_num_seqs=self.settings.max_num_seqs, max_model_len=self.settings.max_model_len
@@ -96,7 +110,7 @@ class Assembly:
         )
         return self._together(*loaded, programs), shapes
 
-    def _one_after_the_other(self, useful: int) -> tuple[list[LoadedModel], ProgramShapes]:
+    def _one_after_the_other(self, useful: int) -> tuple[list[Loaded], ProgramShapes]:
         given_up = GivenUp()  # never, where nothing runs beside
         params = self._load(given_up)
         with self.phases.phase("profile"):
@@ -127,16 +141,15 @@ class Assembly:
         )
 
     def _together(
-        self, params: list[Params], caches: list[list[LayerCache]], programs: list[Programs]
-    ) -> list[LoadedModel]:
-        graphs = [model.graph for model in self.models]
+        self, params: list[Params], caches: list[list[LayerCache]], programs: list[Programs | HeadPrograms]
+    ) -> list[Loaded]:
         return [
-            LoadedModel(graph=graph, params=values, caches=pools, programs=compiled)
-            for graph, values, pools, compiled in zip(graphs, params, caches, programs, strict=True)
+            model.loaded(values, params[0], compiled, pools)
+            for model, values, pools, compiled in zip(self.models, params, caches, programs, strict=True)
         ]
 
-    def _programs(self, shapes: ProgramShapes) -> list[Programs]:
-        return [Programs(model.graph, replace(shapes, kv_spec=model.graph.kv_cache_spec())) for model in self.models]
+    def _programs(self, shapes: ProgramShapes) -> list[Programs | HeadPrograms]:
+        return [model.programs(shapes) for model in self.models]
 
     def _load(self, given_up: GivenUp) -> list[Params]:
         with self.phases.phase("load"), loading_progress() as show:
@@ -152,7 +165,7 @@ class Assembly:
             specs = [model.graph.kv_cache_spec() for model in self.models]
             return jax.block_until_ready([spec.allocate(num_blocks, self.mesh) for spec in specs])
 
-    def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> list[Programs]:
+    def _compile(self, shapes: ProgramShapes, given_up: GivenUp) -> list[Programs | HeadPrograms]:
         def on_compiled(done: int, total: int) -> None:
             given_up.check()
             self.phases.tell(f"compile {done} of {total}")
@@ -160,6 +173,6 @@ class Assembly:
         all_programs = self._programs(shapes)
         num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
         with self.phases.phase("compile"):
-            for index, programs in enumerate(all_programs):
-                programs.compile(only_draws=index > 0, num_threads=num_threads, on_compiled=on_compiled)
+            for programs in all_programs:
+                programs.compile(num_threads=num_threads, on_compiled=on_compiled)
         return all_programs

@@ -1,17 +1,25 @@
-"""What `speculative_config` brings into an engine: its drafter, room for drafts, and the model that draws them."""
+"""What `speculative_config` brings into an engine: its drafter, room for drafts, and what draws them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.config import Config, ModelSettings
-from jaxserve.config_speculative import SpeculativeConfig
-from jaxserve.engine.assembly import ModelParts
+from jaxserve.config_speculative import HEAD_METHODS, SpeculativeConfig
+from jaxserve.engine.assembly import Loaded, ModelParts
 from jaxserve.errors import ConfigError
+from jaxserve.layers.attention import AttentionBackend
 from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.head_loading import HeadFiles, open_head
+from jaxserve.runner.head_programs import HeadPrograms, LoadedHead
 from jaxserve.runner.loading import ModelFiles, open_model
-from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.model_graph import ModelGraph, Params, choose_backend
+from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.scheduler.draft_planner import Drafter
-from jaxserve.speculative.draft_model import DraftModelProposer
 from jaxserve.speculative.drafter import SpeculativeDrafter
+from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.ngram import NgramProposer
 from jaxserve.speculative.proposer import Proposer
 
@@ -30,43 +38,90 @@ def make_drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Dra
         max_tokens=speculative.num_speculative_tokens,
         step_sizes=buckets.token_sizes,
         is_adaptive=speculative.adaptive,
+        drafts_for_prompts=speculative.method not in HEAD_METHODS,  # a head reads what the model gave the token before
     )
 
 
-def open_draft_models(config: Config, target: ModelParts, *, max_model_len: int) -> tuple[ModelParts, ...]:
-    """The draft model, where the config names one; `ConfigError` where it cannot draft for `target`."""
+def open_models(
+    config: Config, files: ModelFiles, backend: AttentionBackend, *, max_model_len: int
+) -> tuple[ModelParts, ...]:
+    """The model, and what drafts for it where the config names such; `ConfigError` where that does not fit it."""
     speculative = config.speculative.speculative_config
+    if speculative is not None and speculative.method in HEAD_METHODS:
+        return _with_head(config, speculative, files, backend, max_model_len)
+    model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
     if speculative is None or speculative.model is None:
-        return ()
+        return (model,)
+    return model, _draft_model(config, speculative.model, model, max_model_len)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadParts(ModelParts):
+    """A draft head as it is before anything is loaded."""
+
+    head: HeadFiles
+    model: ModelGraph
+    max_drafts: int  # a row
+
+    def programs(self, shapes: ProgramShapes) -> HeadPrograms:
+        shapes = replace(shapes, kv_spec=self.graph.kv_cache_spec())
+        return HeadPrograms(self.graph, shapes, num_states=self.max_drafts + 1)
+
+    def loaded(self, params: Params, model: Params, programs: Any, caches: list[LayerCache]) -> Loaded:
+        params = self.head.complete(params, self.model, model)
+        return LoadedHead(graph=self.graph, params=params, programs=programs, caches=caches)
+
+
+def _with_head(
+    config: Config, speculative: SpeculativeConfig, files: ModelFiles, backend: AttentionBackend, max_model_len: int
+) -> tuple[ModelParts, ...]:
+    is_dummy = config.model.load_format == "dummy"
+    head = open_head(speculative, files, is_dummy=is_dummy, max_model_len=max_model_len)
+    decoder = replace(files.decoder, feature_layers=head.feature_layers)
+    model = ModelParts(files, ModelGraph(decoder, dtype=files.dtype, backend=backend))
+    backend = _backend(config, "draft head", speculative.model or config.model.model, head.files, model.graph)
+    graph = ModelGraph(head.config, dtype=files.dtype, backend=backend, family=head.family)
+    parts = HeadParts(head.files, graph, head=head, model=model.graph, max_drafts=speculative.num_speculative_tokens)
+    return model, parts
+
+
+def _draft_model(config: Config, name: str, target: ModelParts, max_model_len: int) -> ModelParts:
     settings = ModelSettings(
-        model=speculative.model,
+        model=name,
         dtype=config.model.dtype,
         load_format="dummy" if config.model.load_format == "dummy" else "auto",
         seed=config.model.seed,
     )
     files = open_model(settings)
-    _check_fits(speculative.model, files, target.files, max_model_len)
+    _check_fits(name, files, target.files, max_model_len)
+    backend = _backend(config, "draft model", name, files, target.graph)
+    return ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend), only_draws=True)
+
+
+def _backend(config: Config, kind: str, name: str, files: ModelFiles, target: ModelGraph) -> AttentionBackend:
+    """Attention for what drafts, on the model's mesh and blocks."""
     asked = config.runtime.attention_backend
     try:
-        backend = choose_backend(
+        return choose_backend(
             files.decoder,
             dtype=files.dtype,
-            block_size=target.graph.backend.geometry.block_size,
-            mesh=target.graph.mesh,
+            block_size=target.backend.geometry.block_size,
+            mesh=target.mesh,
             asked=None if asked == "auto" else asked,
         )
     except ConfigError as error:
-        raise ConfigError(f"draft model {speculative.model!r}: {error}") from error
-    return (ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend)),)
+        raise ConfigError(f"{kind} {name!r}: {error}") from error
 
 
 def _proposer(speculative: SpeculativeConfig) -> Proposer:
-    if speculative.method == "draft_model":
-        return DraftModelProposer()
+    if speculative.method == "draft_model" or speculative.method in HEAD_METHODS:
+        return RunnerProposer()
     return NgramProposer(min_tokens=speculative.prompt_lookup_min, max_tokens=speculative.prompt_lookup_max)
 
 
 def _check_fits(name: str, draft: ModelFiles, target: ModelFiles, max_model_len: int) -> None:
+    if "draft_vocab_size" in draft.hf_config:
+        raise ConfigError(f"draft model {name!r} is a draft head (draft_vocab_size); give the method 'eagle3' with it")
     if draft.decoder.vocab_size != target.decoder.vocab_size:
         raise ConfigError(
             f"draft model {name!r} has a vocabulary of {draft.decoder.vocab_size} tokens, the model has "

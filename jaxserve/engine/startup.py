@@ -15,10 +15,10 @@ import jaxserve
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import Config
-from jaxserve.engine.assembly import Assembly, ModelParts, OnProgress, Phases
+from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
-from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_draft_models
+from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_models
 from jaxserve.engine.hosts.plans import Hosts, LeadingHosts, LeadingRunner, require_same, smallest
 from jaxserve.errors import ConfigError
 from jaxserve.layers.numerics import Numerics
@@ -27,9 +27,10 @@ from jaxserve.parallel.multihost import own_compile_cache
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
 from jaxserve.runner.loading import ModelFiles, open_model
-from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.model_graph import choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
-from jaxserve.runner.programs import ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
@@ -76,21 +77,21 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
         )
         require_same(hosts, "the kind of device", jax.local_devices()[0].device_kind, hint="a group needs one kind")
         require_same(hosts, "the attention backend", backend.implementation, hint=SAME_BACKEND)
-        model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
-        models = (model, *open_draft_models(config, model, max_model_len=settings.max_model_len))
+        models = open_models(config, files, backend, max_model_len=settings.max_model_len)
     assembly = Assembly(
         config=config,
         mesh=mesh,
         models=models,
         settings=settings,
-        buckets=step_buckets(config, settings, model.graph.numerics),
+        buckets=step_buckets(config, settings, models[0].graph.numerics),
         memory_share=memory_share,
         phases=phases,
         agree=partial(smallest, hosts),
     )
-    (loaded, *draft_models), shapes = assembly.assemble()
+    (loaded, *drafting), shapes = assembly.assemble()
+    assert isinstance(loaded, LoadedModel)
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner: Runner = ModelRunner(loaded, shapes, draft_model=next(iter(draft_models), None))
+    runner: Runner = ModelRunner(loaded, shapes, drafting=next(iter(drafting), None))
     if isinstance(hosts, LeadingHosts):
         runner = LeadingRunner(runner, hosts)
     smallest(hosts, "ready", 1)  # nobody serves before all can follow

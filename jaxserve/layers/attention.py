@@ -47,6 +47,7 @@ class AttentionShape:
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
+    in_features: int | None = None  # width of what q, k and v are made of; None: hidden_size
 
     @property
     def group(self) -> int:
@@ -73,9 +74,8 @@ class Attention(nnx.Module):
         sliding_window: int | None = None,
     ) -> None:
         qkv_shape = (shape.num_kv_heads, shape.group + 2, shape.head_dim)
-        self.qkv = Linear(
-            shape.hidden_size, qkv_shape, axes=("kv_heads", None, None, None), numerics=numerics, bias=bias
-        )
+        in_features = shape.in_features or shape.hidden_size
+        self.qkv = Linear(in_features, qkv_shape, axes=("kv_heads", None, None, None), numerics=numerics, bias=bias)
         q_features = shape.num_q_heads * shape.head_dim
         self.out = Linear(q_features, (shape.hidden_size,), axes=(None, "q_features"), numerics=numerics, bias=out_bias)
         self.shape = shape
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
         self.sliding_window = sliding_window
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
+        self, x: Float[Array, "tokens in_features"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, head_dim]
         attended, cache = self._attend(qkv, angles, cache, inputs)

@@ -14,19 +14,22 @@ from jaxserve.cache.kv_cache import LayerCache
 
 def apply_layers(
     layers: Iterable[nnx.Module], x: Float[Array, "tokens hidden"], caches: Sequence[LayerCache], *shared: Any
-) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
-    """`x, cache = layer(x, cache, *shared)` for each layer: (the last x, the caches).
+) -> tuple[list[Float[Array, "tokens hidden"]], list[LayerCache]]:
+    """`x, cache = layer(x, cache, *shared)` for each layer: (every x, the caches).
+
+    Of the xs, number i enters layer i, and the last leaves the last layer. What nobody reads of them costs nothing.
 
     The program holds every layer (a scan over layers copies weights and pools on XLA:CPU, two to three times slower),
     but layers of the same shape are traced and lowered once: 0.06 s instead of 0.5 s for 30 layers, a bucket.
     """
     apply = _apply_inline if _is_one_of_several_data_shards() else _apply
-    written = []
+    xs, written = [x], []
     for layer, cache in zip(layers, caches, strict=True):
         graph, state = nnx.split(layer)
         x, cache = apply(graph, state, x, cache, *shared)
+        xs.append(x)
         written.append(cache)
-    return x, written
+    return xs, written
 
 
 def _apply_layer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import numpy as np
@@ -27,7 +27,8 @@ class WeightRule:
     """How one of our parameters is made of a checkpoint's tensors.
 
     `param` is the parameter's dotted path, `sources` the tensor names, `shapes` the shape each must have, `assemble`
-    turns them (in order, in the checkpoint's dtype) into an array of `param_shape`.
+    turns them (in order, in the checkpoint's dtype) into an array of `param_shape`, which is cast to the model's dtype
+    or to the parameter's own.
 
     Where some of the parameter's first axis is made of some rows of the sources, `part` gives the rule for that: it
     reads `rows` of each, and has the part's `param_shape`. It gives None for a part that does not come out whole.
@@ -40,6 +41,11 @@ class WeightRule:
     assemble: Callable[[Sequence[np.ndarray]], np.ndarray] = _only_one
     rows: tuple[range, ...] | None = None  # of each source; None: all
     part: Callable[[range], WeightRule | None] | None = None
+    dtype: np.dtype | None = None  # of a parameter that is no weight; None: the model's
+
+
+# Qwen2's layers, as these have them: q, k and v have a bias, whatever config.json says, and what follows has none.
+_QKV_BIAS_ALONE = ("MiMoForCausalLM",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +64,13 @@ class DecoderConfig:
     rope: RopeConfig
     max_position_embeddings: int
     tie_embeddings: bool = False
-    attention_bias: bool = False
+    attention_bias: bool = False  # of q, k and v
+    attention_out_bias: bool = False
     mlp_bias: bool = False
     sliding_window: int | None = None
     num_shards: int = 1  # devices that share each layer: parts that fused projections are laid out in
     vocab_padding: int = 0  # rows of zeros behind the embedding and the head, so that devices get equal parts
+    feature_layers: tuple[int, ...] = ()  # whose inputs a draft head reads; num_layers: what leaves the last one
 
     @property
     def kv_head_copies(self) -> int:
@@ -102,11 +110,12 @@ class DecoderConfig:
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-        architectures = config.get("architectures") or ["<none>"]
+        architecture = str((config.get("architectures") or ["<none>"])[0])
+        attention_bias = bool(config.get("attention_bias", False))
         max_position_embeddings = _positive(config, "max_position_embeddings", default=2048)
         has_window = config.get("use_sliding_window", True) and "sliding_window" in given
         return cls(
-            architecture=str(architectures[0]),
+            architecture=architecture,
             vocab_size=_positive(config, "vocab_size"),
             hidden_size=hidden_size,
             ffn_size=_positive(config, "intermediate_size"),
@@ -118,7 +127,8 @@ class DecoderConfig:
             rope=RopeConfig.from_hf(config, head_dim),
             max_position_embeddings=max_position_embeddings,
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
+            attention_bias=attention_bias or architecture in _QKV_BIAS_ALONE,
+            attention_out_bias=attention_bias and architecture not in _QKV_BIAS_ALONE,
             mlp_bias=bool(config.get("mlp_bias", False)),
             sliding_window=_positive(config, "sliding_window") if has_window else None,
         )
@@ -141,12 +151,18 @@ def _positive_number(config: Mapping[str, Any], name: str, *, default: float) ->
 class CausalLM(Protocol):
     """A decoder-only language model, as the runner sees it. Built abstract; `weights` fills its parameters."""
 
+    unused_tensors: ClassVar[tuple[str, ...]]  # patterns of a checkpoint's tensors that are for somebody else
+
     def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None: ...
 
     def hidden_states(
         self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: AttentionInputs
-    ) -> tuple[jax.Array, list[LayerCache]]:
-        """(final normalised hidden states [tokens, hidden], the caches with this step's K and V written)."""
+    ) -> tuple[jax.Array, jax.Array | None, list[LayerCache]]:
+        """(final normalised hidden states [tokens, hidden], features, the caches with this step's K and V written).
+
+        Features are what enters each of `config.feature_layers`, side by side: [tokens, layers x hidden]; None
+        without.
+        """
         ...
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -156,4 +172,9 @@ class CausalLM(Protocol):
     @staticmethod
     def weight_rules(config: DecoderConfig) -> list[WeightRule]:
         """Every parameter's way out of a Hugging Face checkpoint."""
+        ...
+
+    @staticmethod
+    def head_prefixes(config: DecoderConfig) -> tuple[str, ...]:
+        """How the names of the parameters begin that `logits` reads."""
         ...

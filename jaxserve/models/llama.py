@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -38,7 +40,7 @@ class DecoderLayer(nnx.Module):
             numerics=numerics,
             backend=backend,
             bias=config.attention_bias,
-            out_bias=config.attention_bias,
+            out_bias=config.attention_out_bias,
             sliding_window=config.sliding_window,
         )
         self.mlp_norm = norm()
@@ -61,6 +63,8 @@ class DecoderLayer(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, decoder layers, final norm, head."""
 
+    unused_tensors: ClassVar[tuple[str, ...]] = ()
+
     def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None:
         self.embedding = Embedding(config.padded_vocab_size, config.hidden_size, numerics=numerics)
         self.layers = nnx.List(
@@ -70,6 +74,7 @@ class Llama(nnx.Module):
         tied = config.tie_embeddings
         self.head = None if tied else Embedding(config.padded_vocab_size, config.hidden_size, numerics=numerics)
         self.rope = config.rope
+        self.feature_layers = config.feature_layers
 
     def hidden_states(
         self,
@@ -77,10 +82,11 @@ class Llama(nnx.Module):
         positions: Int[Array, " tokens"],
         caches: Sequence[LayerCache],
         inputs: AttentionInputs,
-    ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
+    ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens features"] | None, list[LayerCache]]:
         angles = jax.lax.optimization_barrier(rotation(self.rope, positions))  # once, not in each layer again
-        x, written = apply_layers(self.layers, self.embedding(token_ids), caches, angles, inputs)
-        return self.norm(x), written
+        xs, written = apply_layers(self.layers, self.embedding(token_ids), caches, angles, inputs)
+        read = [xs[index] for index in self.feature_layers]
+        return self.norm(xs[-1]), jnp.concatenate(read, axis=-1) if read else None, written
 
     def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
         return (self.head or self.embedding).logits(hidden)
@@ -88,22 +94,28 @@ class Llama(nnx.Module):
     @staticmethod
     def weight_rules(config: DecoderConfig) -> list[WeightRule]:
         rules = [
-            _vocabulary_rule(config, "embedding.weight", "model.embed_tokens.weight"),
-            _plain("norm.weight", "model.norm.weight", (config.hidden_size,)),
+            vocabulary_rule(config, "embedding.weight", "model.embed_tokens.weight"),
+            plain_rule("norm.weight", "model.norm.weight", (config.hidden_size,)),
         ]
         if not config.tie_embeddings:
-            rules.append(_vocabulary_rule(config, "head.weight", "lm_head.weight"))
+            rules.append(vocabulary_rule(config, "head.weight", "lm_head.weight"))
         for index in range(config.num_layers):
-            rules += _layer_rules(config, index)
+            rules += layer_rules(config, f"layers.{index}", f"model.layers.{index}")
         return rules
 
+    @staticmethod
+    def head_prefixes(config: DecoderConfig) -> tuple[str, ...]:
+        return ("embedding." if config.tie_embeddings else "head.",)
 
-def _plain(param: str, source: str, shape: tuple[int, ...]) -> WeightRule:
+
+def plain_rule(param: str, source: str, shape: tuple[int, ...]) -> WeightRule:
+    """A parameter that is a tensor as it stands."""
     return WeightRule(param=param, sources=(source,), shapes=(shape,), param_shape=shape)
 
 
-def _vocabulary_rule(config: DecoderConfig, param: str, source: str) -> WeightRule:
-    rule = _plain(param, source, (config.vocab_size, config.hidden_size))
+def vocabulary_rule(config: DecoderConfig, param: str, source: str) -> WeightRule:
+    """An embedding or a head over the whole vocabulary, padded so that devices get equal parts."""
+    rule = plain_rule(param, source, (config.vocab_size, config.hidden_size))
 
     def part(rows: range) -> WeightRule:
         known = range(min(rows.start, config.vocab_size), min(rows.stop, config.vocab_size))
@@ -121,22 +133,25 @@ def _vocabulary_rule(config: DecoderConfig, param: str, source: str) -> WeightRu
     return replace(part(range(config.padded_vocab_size)), rows=None, part=part)
 
 
-def _layer_rules(config: DecoderConfig, index: int) -> list[WeightRule]:
-    ours, theirs = f"layers.{index}", f"model.layers.{index}"
+def layer_rules(
+    config: DecoderConfig, ours: str, theirs: str, *, qkv_in_features: int | None = None
+) -> list[WeightRule]:
+    """A decoder layer's parameters; q, k and v are made of so many features, hidden_size where that is None."""
     hidden, q_features = config.hidden_size, config.num_q_heads * config.head_dim
     rules = [
-        _plain(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight", (hidden,)),
-        _plain(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight", (hidden,)),
-        _plain(f"{ours}.attention.out.weight", f"{theirs}.self_attn.o_proj.weight", (hidden, q_features)),
-        _plain(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", (hidden, config.ffn_size)),
-        _qkv_rule(config, f"{ours}.attention.qkv", f"{theirs}.self_attn", "weight", (hidden,)),
+        plain_rule(f"{ours}.attention_norm.weight", f"{theirs}.input_layernorm.weight", (hidden,)),
+        plain_rule(f"{ours}.mlp_norm.weight", f"{theirs}.post_attention_layernorm.weight", (hidden,)),
+        plain_rule(f"{ours}.attention.out.weight", f"{theirs}.self_attn.o_proj.weight", (hidden, q_features)),
+        plain_rule(f"{ours}.mlp.down.weight", f"{theirs}.mlp.down_proj.weight", (hidden, config.ffn_size)),
+        _qkv_rule(config, f"{ours}.attention.qkv", f"{theirs}.self_attn", "weight", (qkv_in_features or hidden,)),
         _gate_up_rule(config, f"{ours}.mlp.gate_up", f"{theirs}.mlp", "weight", (hidden,)),
     ]
+    if config.attention_out_bias:
+        rules.append(plain_rule(f"{ours}.attention.out.bias", f"{theirs}.self_attn.o_proj.bias", (hidden,)))
     if config.attention_bias:
-        rules.append(_plain(f"{ours}.attention.out.bias", f"{theirs}.self_attn.o_proj.bias", (hidden,)))
         rules.append(_qkv_rule(config, f"{ours}.attention.qkv", f"{theirs}.self_attn", "bias", ()))
     if config.mlp_bias:
-        rules.append(_plain(f"{ours}.mlp.down.bias", f"{theirs}.mlp.down_proj.bias", (hidden,)))
+        rules.append(plain_rule(f"{ours}.mlp.down.bias", f"{theirs}.mlp.down_proj.bias", (hidden,)))
         rules.append(_gate_up_rule(config, f"{ours}.mlp.gate_up", f"{theirs}.mlp", "bias", ()))
     return rules
 

@@ -6,12 +6,18 @@ import difflib
 
 from jaxserve.errors import CheckpointError
 from jaxserve.models.base import CausalLM
+from jaxserve.models.eagle3 import Eagle3
+from jaxserve.models.head import DraftHead
 from jaxserve.models.llama import Llama
+from jaxserve.models.mimo import MiMo, MiMoMTP
 
 _FAMILIES: dict[str, type[CausalLM]] = {
     "LlamaForCausalLM": Llama,
     "MistralForCausalLM": Llama,
+    "MiMoForCausalLM": MiMo,
 }
+
+HEADS: dict[str, type[DraftHead]] = {"eagle3": Eagle3, "mtp": MiMoMTP}  # by speculative_config's method
 
 
 def family(architecture: str) -> type[CausalLM]:

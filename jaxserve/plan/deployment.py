@@ -20,7 +20,7 @@ from jaxserve.plan.models import planned_model
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import ModelFiles
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.programs import ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.scheduler.settings import SchedulerSettings
 
 _PLATFORM_OF_DEVICE = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}
@@ -45,10 +45,10 @@ class Deployment:
         if asked != platform:
             raise ConfigError(f"the config's device is {config.runtime.device!r}, --devices {devices} is a {platform}")
         speculative = config.speculative.speculative_config
-        if speculative is not None and speculative.model is not None:
+        if speculative is not None and speculative.method != "ngram":
             raise ConfigError(
-                f"a plan does not count a draft model ({speculative.model!r}); plan without speculative_config, or "
-                'with the method "ngram"'
+                f"a plan does not count what drafts ({speculative.model or speculative.method!r}); plan without "
+                'speculative_config, or with the method "ngram"'
             )
         parallel = config.parallel
         mesh = mesh or devices.abstract_mesh(tensor=parallel.tensor_parallel_size, data=parallel.data_parallel_size)

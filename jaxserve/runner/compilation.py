@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key")
 OnCompiled = Callable[[int, int], None]  # done, in total
+CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
 
 # jax records one of these a program that is compiled, or read from the persistent cache, outside ahead-of-time calls.
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jaxserve.runner.batch import BatchBuilder, draft_places
-from jaxserve.runner.programs import LoadedModel, Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
@@ -33,6 +34,11 @@ class Drafts(Protocol):
         """The token table with the plan's drafts in it; `tokens` is donated. Slots and blocks are up to date."""
         ...
 
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """The model has computed the plan's rows, and their new tokens are in the table; `features` is what a draft
+        head reads of the model, [tokens, features] in the order of the step's batches."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class KnownIds:
@@ -54,6 +60,9 @@ class GivenDrafts:
         if plan.drafts:
             tokens = self._programs.write_drafts(tokens, draft_places(plan))
         return tokens, KnownIds(plan.drafts)
+
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """Nothing."""
 
 
 @dataclass(slots=True)
@@ -115,6 +124,9 @@ class DraftModel:
             tokens = self._run(_Pass(plan, rows, starts, [1] * len(rows), [True] * len(rows)), tokens, drawn)
         return tokens, drawn
 
+    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+        """Nothing: it has gone ahead."""
+
     def _first_passes(self, plan: StepPlan) -> list[_Pass]:
         """All rows' tokens without drafts, and with the last draft of the step before where that held."""
         rows = list(range(plan.num_rows))
@@ -139,7 +151,7 @@ class DraftModel:
         """One pass of the model; where rows sample, a draft of each is drawn into the token table."""
         plan = step.as_plan()
         built = self._builder.build(plan)
-        _, rows, self._caches = self._programs.forward(
+        _, rows, _, self._caches = self._programs.forward(
             self._params,
             self._caches,
             tokens,

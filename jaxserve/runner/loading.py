@@ -122,6 +122,7 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
         [rule for rule, _ in parts.values()],
         dtype=files.dtype,
         place=put,
+        ignored=graph.unused_tensors(),
         tie_embeddings=files.decoder.tie_embeddings,  # as hf_overrides have it
         on_progress=on_progress,
     )
@@ -130,7 +131,8 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
 def _rows_of_this_host(rule: WeightRule, where: Sharding) -> tuple[WeightRule, range]:
     """The rule for what this host's devices hold of a parameter's first axis, and which rows those are."""
     size = rule.param_shape[0]
-    slices = [index[0].indices(size) for index in where.addressable_devices_indices_map(rule.param_shape).values()]
+    places = where.addressable_devices_indices_map(rule.param_shape).values()
+    slices = [index[0].indices(size) for index in places if index is not None]
     rows = range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
     part = None if rule.part is None or len(rows) == size else rule.part(rows)
     return (rule, range(size)) if part is None else (part, rows)

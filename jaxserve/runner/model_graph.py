@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from jaxserve.errors import ConfigError
 from jaxserve.layers.attention import AttentionBackend
 from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
-from jaxserve.models.registry import family
+from jaxserve.models.head import DraftHead
+from jaxserve.models.registry import family as family_of
 from jaxserve.parallel.mesh import TENSOR, AnyMesh, LogicalAxes, platform_of, sharding
 from jaxserve.parallel.shards import WHOLE, Shards
 from jaxserve.sampling.vocabulary import BLOCK_TOKENS
@@ -31,20 +33,29 @@ Params = dict[str, jax.Array]  # dotted path -> value
 class ModelGraph:
     """A model without values: built abstract, bound to parameters inside a jitted function."""
 
-    def __init__(self, config: DecoderConfig, *, dtype: DTypeLike, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        dtype: DTypeLike,
+        backend: AttentionBackend,
+        family: type[CausalLM] | type[DraftHead] | None = None,
+    ) -> None:
+        """`family`: the class of the model; None: what the config's architecture names."""
         self.config = _split(config, backend.mesh.shape[TENSOR])
         # XLA splits its own products over a mesh; of a custom call it would gather the operands.
         native = backend.implementation == "native_cpu" and backend.mesh.size == 1
         self.numerics = Numerics.for_platform(platform_of(backend.mesh), dtype, native=native)
-        self._family = family(config.architecture)
+        self._family: Any = family or family_of(config.architecture)
         model = self._family(self.config, numerics=self.numerics, backend=backend)
         self._graph, state = nnx.split(model)
         self._variables = {".".join(map(str, path)): (path, value) for path, value in nnx.to_flat_state(state)}
         self.backend = backend
         self.mesh: AnyMesh = backend.mesh
 
-    def bind(self, params: Mapping[str, jax.Array]) -> CausalLM:
-        """The model with these parameters; one that is left out stays abstract, and must not be used."""
+    def bind(self, params: Mapping[str, jax.Array]) -> Any:
+        """The `CausalLM` or `DraftHead` with these parameters; one that is left out stays abstract, and must not be
+        used."""
         flat = [(path, params.get(name, variable.get_value())) for name, (path, variable) in self._variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state(flat))
 
@@ -62,6 +73,10 @@ class ModelGraph:
     def weight_rules(self) -> list[WeightRule]:
         """How every parameter is made of a checkpoint."""
         return self._family.weight_rules(self.config)
+
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Patterns of a checkpoint's tensors that this model has no use for."""
+        return self._family.unused_tensors
 
     def kv_cache_spec(self) -> KVCacheSpec:
         """The KV cache that the model's attention reads."""
@@ -82,8 +97,8 @@ class ModelGraph:
 
     def head_names(self) -> list[str]:
         """The parameters that `logits` reads."""
-        prefix = "embedding." if self.config.tie_embeddings else "head."
-        return [name for name in self._variables if name.startswith(prefix)]
+        prefixes = self._family.head_prefixes(self.config)
+        return [name for name in self._variables if name.startswith(prefixes)]
 
 
 def choose_backend(

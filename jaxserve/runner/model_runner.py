@@ -12,7 +12,10 @@ from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import DATA, by_data_shard, to_devices
 from jaxserve.runner.batch import BatchBuilder, HostStep
 from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
-from jaxserve.runner.programs import LoadedModel, ProgramShapes
+from jaxserve.runner.head_drafts import HeadDrafts
+from jaxserve.runner.head_programs import LoadedHead
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import PROMPT_LOGPROB_ROWS, ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
@@ -49,7 +52,10 @@ class Runner(Protocol):
 class ModelRunner:
     """Owns the parameters, the KV pools and the token table, and the host's memory of each slot."""
 
-    def __init__(self, model: LoadedModel, shapes: ProgramShapes, *, draft_model: LoadedModel | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, shapes: ProgramShapes, *, drafting: LoadedModel | LoadedHead | None = None
+    ) -> None:
+        """`drafting` draws the drafts that plans leave open; without it they name their drafts."""
         graph = model.graph
         self._params = model.params
         self._head = {name: model.params[name] for name in graph.head_names()}
@@ -68,11 +74,7 @@ class ModelRunner:
             vocab_size=graph.config.vocab_size,
             sharding=by_data_shard(graph.mesh),
         )
-        self._drafts: Drafts = (
-            GivenDrafts(model.programs)
-            if draft_model is None
-            else DraftModel(draft_model, shapes, slots=self._slots, parameters=self._parameters)
-        )
+        self._drafts = self._make_drafts(model, shapes, drafting)
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len = shapes.max_model_len
 
@@ -83,7 +85,7 @@ class ModelRunner:
             self._occupy(new)
         self._tokens, draft_ids = self._drafts.place(plan, self._tokens)
         step = self._builder.build(plan)
-        hidden, rows, self._caches = self._programs.forward(
+        hidden, rows, features, self._caches = self._programs.forward(
             self._params,
             self._caches,
             self._tokens,
@@ -95,7 +97,17 @@ class ModelRunner:
         self._tokens, sampled = self._programs.sample(
             self._head, rows, self._tokens, [SampleBatch.from_host(batch) for batch in step.batches], inputs, variant
         )
+        self._drafts.follow(plan, self._tokens, hidden if features is None else features)
         return _DeviceStep(plan, step, draft_ids, sampled, prompt_scores, self._asked_logprobs(plan, step))
+
+    def _make_drafts(
+        self, model: LoadedModel, shapes: ProgramShapes, drafting: LoadedModel | LoadedHead | None
+    ) -> Drafts:
+        if drafting is None:
+            return GivenDrafts(model.programs)
+        if isinstance(drafting, LoadedHead):
+            return HeadDrafts(drafting, shapes, slots=self._slots, parameters=self._parameters)
+        return DraftModel(drafting, shapes, slots=self._slots, parameters=self._parameters)
 
     def _occupy(self, new: NewSlot) -> None:
         """Upload a new slot's tokens and keep what its request asks of the sampler."""

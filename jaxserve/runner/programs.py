@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,26 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Compiled, Lowered
 
-from jaxserve.cache.kv_cache import KVCacheSpec, LayerCache
-from jaxserve.errors import ConfigError
-from jaxserve.parallel.mesh import (
-    DATA,
-    EVERYWHERE,
-    PER_DATA_SHARD,
-    by_data_shard,
-    on_each_data_shard,
-    replicated,
-    spans_hosts,
-    to_devices,
-)
-from jaxserve.runner.batch import HostBatch, empty_batch
-from jaxserve.runner.buckets import Bucket, Buckets
-from jaxserve.runner.compilation import OnCompiled, compile_all
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.parallel.mesh import EVERYWHERE, PER_DATA_SHARD, by_data_shard, replicated
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.compilation import CompileJobs, OnCompiled, compile_all
 from jaxserve.runner.model_graph import ModelGraph, Params
-from jaxserve.runner.packing import Packing
+from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes, bytes_of_a_device, sizes_of
 from jaxserve.runner.step import (
     PROMPT_LOGPROB_ROWS,
     ForwardBatch,
@@ -41,33 +28,8 @@ from jaxserve.runner.step import (
     write_drafts,
     write_slot,
 )
-from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant, abstract_inputs
+from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant
 from jaxserve.sampling.sampler import SampledTokens
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramShapes:
-    """All that the compiled shapes depend on."""
-
-    buckets: Buckets
-    kv_spec: KVCacheSpec
-    num_blocks: int  # of a data shard
-    max_num_seqs: int  # of a data shard
-    max_model_len: int
-    max_num_drafts: int = 0  # guessed tokens a step, of a data shard
-
-    @property
-    def blocks_per_seq(self) -> int:
-        """Width of a block table."""
-        return -(-self.max_model_len // self.kv_spec.block_size)
-
-    @property
-    def tokens_shape(self) -> tuple[int, int]:
-        """Of a data shard's token table, i32[slots, positions]; slot 0 is padding."""
-        return (self.max_num_seqs + 1, self.max_model_len)
-
-
-CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
 
 
 class Programs:
@@ -76,20 +38,13 @@ class Programs:
     What differs between data shards comes as a list with an entry a shard, or with their parts along the first axis.
     """
 
-    def __init__(self, graph: ModelGraph, shapes: ProgramShapes) -> None:
+    def __init__(self, graph: ModelGraph, shapes: ProgramShapes, *, only_draws: bool = False) -> None:
+        """With `only_draws` no more than `forward` and `sample` is compiled."""
+        self._only_draws = only_draws
         self._graph = graph
         self._shapes = shapes
-        self._num_data_shards = graph.mesh.shape[DATA]
-        self._by_data_shard = by_data_shard(graph.mesh)
-        self._spans_hosts = spans_hosts(graph.mesh)
+        self._arguments = ProgramArguments(graph, shapes)
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
-        self._forward_packings = {
-            bucket: Packing(ForwardBatch.from_host(self._padding(bucket))) for bucket in shapes.buckets.all()
-        }
-        self._sample_packings = {
-            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(2))))
-            for rows in shapes.buckets.row_sizes
-        }
 
     # Calls -----------------------------------------------------------------------------------------------------------
 
@@ -100,10 +55,10 @@ class Programs:
         tokens: jax.Array,
         bucket: Bucket,
         batches: Sequence[ForwardBatch],
-    ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
         """See `step.forward`; `caches` are donated."""
-        packed = np.stack([self._forward_packings[bucket].pack(batch) for batch in batches])
-        return self._compiled["forward", bucket](params, caches, tokens, self._split_input(packed))
+        packed = np.stack([self._arguments.forward_packings[bucket].pack(batch) for batch in batches])
+        return self._compiled["forward", bucket](params, caches, tokens, self._arguments.to_devices(packed))
 
     def sample(
         self,
@@ -116,23 +71,23 @@ class Programs:
     ) -> tuple[jax.Array, SampledTokens]:
         """See `step.sample_rows`; `tokens` is donated."""
         rows = hidden.shape[0] // len(batches)
-        packed = np.stack([self._sample_packings[rows].pack(batch) for batch in batches])
-        inputs = jax.tree.map(self._split_input, inputs)
-        return self._compiled["sample", rows, variant](head, hidden, tokens, self._split_input(packed), inputs)
+        packed = np.stack([self._arguments.sample_packings[rows].pack(batch) for batch in batches])
+        packed, inputs = self._arguments.to_devices((packed, inputs))
+        return self._compiled["sample", rows, variant](head, hidden, tokens, packed, inputs)
 
     def score_prompt(
         self, head: Params, hidden: jax.Array, indices: np.ndarray, target_ids: np.ndarray
     ) -> SampledTokens:
         """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a data shard."""
-        program = self._compiled["score", hidden.shape[0] // self._num_data_shards]
-        return program(head, hidden, self._split_input(indices), self._split_input(target_ids))
+        program = self._compiled["score", hidden.shape[0] // self._arguments.num_data_shards]
+        return program(head, hidden, *self._arguments.to_devices((indices, target_ids)))
 
     def write_slot(self, tokens: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
         """See `step.write_slot`; `slot` counts over all data shards, `tokens` is donated."""
         shard, slot = divmod(slot, self._shapes.tokens_shape[0])
-        slots = np.zeros(self._num_data_shards, np.int32)  # the others write to their padding
+        slots = np.zeros(self._arguments.num_data_shards, np.int32)  # the others write to their padding
         slots[shard] = slot
-        return self._compiled[("write_slot",)](tokens, self._split_input(slots), row)
+        return self._compiled[("write_slot",)](tokens, self._arguments.to_devices(slots), row)
 
     def write_drafts(self, tokens: jax.Array, drafts: np.ndarray) -> jax.Array:
         """See `step.write_drafts`; slots count over all data shards, `tokens` is donated.
@@ -140,31 +95,25 @@ class Programs:
         Fewer drafts than the shape of a shard holds go to its padding slot.
         """
         slots_per_shard = self._shapes.tokens_shape[0]
-        padded = np.zeros((self._num_data_shards, 3, self._shapes.max_num_drafts), np.int32)
+        padded = np.zeros((self._arguments.num_data_shards, 3, self._shapes.max_num_drafts), np.int32)
         for shard, part in enumerate(padded):
             own = drafts[:, drafts[0] // slots_per_shard == shard]
             part[:, : own.shape[1]] = own
             part[0, : own.shape[1]] -= shard * slots_per_shard
         padded = padded.reshape(-1, self._shapes.max_num_drafts)
-        return self._compiled[("write_drafts",)](tokens, self._split_input(padded))
-
-    def _split_input(self, value: Any) -> Any:
-        """A host array on its way into a program; jit itself takes those of one host alone."""
-        return to_devices(value, self._by_data_shard) if self._spans_hosts and isinstance(value, np.ndarray) else value
+        return self._compiled[("write_drafts",)](tokens, self._arguments.to_devices(padded))
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(
-        self, *, only_draws: bool = False, num_threads: int | None = None, on_compiled: OnCompiled | None = None
-    ) -> None:
-        """Compile everything, the largest step first; with `only_draws` no more than `forward` and `sample`."""
+    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
+        """Compile everything, the largest step first."""
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in VARIANTS:
                 jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
-        if not only_draws:
+        if not self._only_draws:
             for num_tokens in self._shapes.buckets.token_sizes:
                 jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
             jobs[("write_slot",)] = self._lower_write_slot
@@ -187,94 +136,60 @@ class Programs:
                 "score": partial(self._lower_score, bucket.num_tokens),
             }
         )
-        sizes = {name: _sizes_of(program) for name, program in compiled.items()}
-        head_bytes = sum(
-            math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize for value in self._head().values()
-        )
+        sizes = {name: sizes_of(program) for name, program in compiled.items()}
+        head_bytes = bytes_of_a_device(self._arguments.head())
         held = sizes["sample"].argument_size_in_bytes - head_bytes
         held += sum(size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes.values())
         return max(size.temp_size_in_bytes for size in sizes.values()) + 2 * held
 
     def lower_forward(self, bucket: Bucket) -> Lowered:
         """Trace and lower the model for one bucket."""
-        packing = self._forward_packings[bucket]
+        packing = self._arguments.forward_packings[bucket]
 
         def program(
             params: Params, caches: list[LayerCache], tokens: jax.Array, packed: jax.Array
-        ) -> tuple[jax.Array, jax.Array, list[LayerCache]]:
+        ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
             return forward(self._graph, params, caches, tokens, packing.unpack(packed[0]))
 
-        caches = self._shapes.kv_spec.abstract(self._shapes.num_blocks, self._graph.mesh)
-        split = by_data_shard(self._graph.mesh)
-        out = (split, split, jax.tree.map(lambda pool: pool.sharding, caches))
-        sharded = self._on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
+        given = self._arguments
+        caches, split = given.caches(), by_data_shard(self._graph.mesh)
+        out = (split, split, split, jax.tree.map(lambda pool: pool.sharding, caches))
+        sharded = self._arguments.on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
         jitted = jax.jit(sharded, donate_argnums=1, out_shardings=out)
-        return jitted.lower(self._graph.abstract_params(), caches, self._tokens(), self._split(1, packing.size))
+        return jitted.lower(self._graph.abstract_params(), caches, given.tokens(), given.split(1, packing.size))
 
     def lower_sample(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head and the sampler for one number of rows."""
-        packing = self._sample_packings[rows]
+        packing = self._arguments.sample_packings[rows]
 
         def program(
             head: Params, hidden: jax.Array, tokens: jax.Array, packed: jax.Array, inputs: SamplingInputs
         ) -> tuple[jax.Array, SampledTokens]:
             return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed[0]), inputs, variant=variant)
 
-        sharded = self._on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
-        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(self._by_data_shard, self._results()))
-        inputs = jax.tree.map(
-            lambda leaf: self._split(*leaf.shape, dtype=leaf.dtype),
-            abstract_inputs(rows, variant, vocab_size=self._graph.config.vocab_size),
-        )
-        hidden = self._hidden(rows)
-        return jitted.lower(self._head(), hidden, self._tokens(), self._split(1, packing.size), inputs)
+        sharded = self._arguments.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
+        given = self._arguments
+        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(by_data_shard(self._graph.mesh), given.results()))
+        packed, inputs = given.split(1, packing.size), given.sampling_inputs(rows, variant)
+        return jitted.lower(given.head(), given.hidden(rows), given.tokens(), packed, inputs)
 
     def _lower_score(self, num_tokens: int) -> Lowered:
         program = partial(score_prompt, self._graph)
-        sharded = self._on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
-        jitted = jax.jit(sharded, out_shardings=self._results())
-        rows = self._split(PROMPT_LOGPROB_ROWS)
-        return jitted.lower(self._head(), self._hidden(num_tokens), rows, rows)
+        sharded = self._arguments.on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
+        jitted = jax.jit(sharded, out_shardings=self._arguments.results())
+        rows = self._arguments.split(PROMPT_LOGPROB_ROWS)
+        return jitted.lower(self._arguments.head(), self._arguments.hidden(num_tokens), rows, rows)
 
     def _lower_write_slot(self) -> Lowered:
-        sharded = self._on_each(write_slot, PER_DATA_SHARD, PER_DATA_SHARD, EVERYWHERE)
+        sharded = self._arguments.on_each(write_slot, PER_DATA_SHARD, PER_DATA_SHARD, EVERYWHERE)
         jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
         row = jax.ShapeDtypeStruct(self._shapes.tokens_shape[1:], jnp.int32, sharding=replicated(self._graph.mesh))
-        return jitted.lower(self._tokens(), self._split(1), row)
-
-    def _on_each(self, program: Callable[..., Any], *in_specs: PartitionSpec) -> Callable[..., Any]:
-        return on_each_data_shard(self._graph.mesh, program, in_specs=in_specs)
+        return jitted.lower(self._arguments.tokens(), self._arguments.split(1), row)
 
     def _lower_write_drafts(self) -> Lowered:
-        sharded = self._on_each(write_drafts, PER_DATA_SHARD, PER_DATA_SHARD)
+        sharded = self._arguments.on_each(write_drafts, PER_DATA_SHARD, PER_DATA_SHARD)
         jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
-        return jitted.lower(self._tokens(), self._split(3, self._shapes.max_num_drafts))
-
-    def _padding(self, bucket: Bucket) -> HostBatch:
-        blocks = self._shapes.blocks_per_seq
-        return empty_batch(bucket, self._graph.backend, blocks_per_seq=blocks)
-
-    # Abstract arguments ----------------------------------------------------------------------------------------------
-
-    def _results(self) -> NamedSharding:
-        """Where the host reads: on several hosts each must hold all of it."""
-        return replicated(self._graph.mesh) if self._spans_hosts else self._by_data_shard
-
-    def _split(self, first: int, *rest: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-        """An array with `first` entries a data shard."""
-        shape = (first * self._num_data_shards, *rest)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=by_data_shard(self._graph.mesh))
-
-    def _tokens(self) -> jax.ShapeDtypeStruct:
-        return self._split(*self._shapes.tokens_shape)
-
-    def _hidden(self, rows: int) -> jax.ShapeDtypeStruct:
-        config = self._graph.config
-        return self._split(rows, config.hidden_size, dtype=self._graph.numerics.activations)
-
-    def _head(self) -> dict[str, jax.ShapeDtypeStruct]:
-        params = self._graph.abstract_params()
-        return {name: params[name] for name in self._graph.head_names()}
+        return jitted.lower(self._arguments.tokens(), self._arguments.split(3, self._shapes.max_num_drafts))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,12 +200,3 @@ class LoadedModel:
     params: Params
     programs: Programs
     caches: list[LayerCache]
-
-
-def _sizes_of(compiled: Compiled) -> Any:
-    sizes = compiled.memory_analysis()
-    if sizes is None:
-        raise ConfigError(
-            "the compiler does not tell how much memory a step takes; set kv_cache_memory_bytes to size the KV pool"
-        )
-    return sizes

@@ -55,12 +55,17 @@ def forward(
     caches: list[LayerCache],
     tokens: Int[Array, "slots positions"],
     batch: ForwardBatch,
-) -> tuple[Float[Array, "tokens hidden"], Float[Array, "rows hidden"], list[LayerCache]]:
-    """Run the model over the step's tokens: (all hidden states, those that yield a token, written caches)."""
+) -> tuple[
+    Float[Array, "tokens hidden"], Float[Array, "rows hidden"], Float[Array, "tokens features"] | None, list[LayerCache]
+]:
+    """Run the model over the step's tokens: (all hidden states, those that yield a token, features, written caches).
+
+    Features are what a draft head reads of inner layers, None where there is no such head.
+    """
     token_ids = tokens[batch.token_slots, batch.positions]
     inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
-    hidden, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
-    return hidden, hidden[batch.sample_tokens], caches
+    hidden, features, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
+    return hidden, hidden[batch.sample_tokens], features, caches
 
 
 @partial(

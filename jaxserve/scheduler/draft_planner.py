@@ -20,6 +20,7 @@ class DraftRoom:
     token_ids: list[int]  # what the host knows of the sequence; the scheduler's own list, not to be kept
     num_ahead: int  # tokens between these and the first draft that the host does not know yet, this step's included
     max_drafts: int
+    is_decode: bool = True  # whether the row has one token of its own, behind some that it computed in earlier steps
 
 
 class Drafter(Protocol):
@@ -85,6 +86,7 @@ class DraftPlanner:
         max_drafts = min(self._settings.max_num_drafts, budget)
         if max_drafts <= 0:
             return
+        newcomers = {new.slot for new in plan.new_slots}
         owners: list[int] = []
         rooms: list[DraftRoom] = []
         for row, request in enumerate(rows):
@@ -100,6 +102,7 @@ class DraftPlanner:
                         token_ids=request.token_ids,
                         num_ahead=request.num_in_flight - 1,
                         max_drafts=limit,
+                        is_decode=plan.num_tokens[row] == 1 and request.slot not in newcomers,
                     )
                 )
         drafts = self._drafter.draft(rooms, num_tokens=plan.total_num_tokens, max_drafts=max_drafts)

@@ -32,8 +32,18 @@ class SpeculativeDrafter:
     that would be padding are filled.
     """
 
-    def __init__(self, proposer: Proposer, *, max_tokens: int, step_sizes: Sequence[int], is_adaptive: bool) -> None:
+    def __init__(
+        self,
+        proposer: Proposer,
+        *,
+        max_tokens: int,
+        step_sizes: Sequence[int],
+        is_adaptive: bool,
+        drafts_for_prompts: bool = True,
+    ) -> None:
+        """`drafts_for_prompts`: whether a row may have drafts in the step that computes the end of its prompt."""
         self._proposer = proposer
+        self._drafts_for_prompts = drafts_for_prompts
         self._max_tokens = max_tokens  # drafts a row
         self._is_adaptive = is_adaptive
         self._times = StepTimes(step_sizes)
@@ -77,6 +87,8 @@ class SpeculativeDrafter:
         if acceptance is None:
             acceptance = self._acceptance[room.request_id] = RequestAcceptance(self._rates)
         acceptance.follow(room.token_ids)
+        if not (room.is_decode or self._drafts_for_prompts):
+            return None
         num_tokens = room.num_ahead + min(self._max_tokens, room.max_drafts)
         proposal = self._proposer.propose(room.request_id, room.token_ids, num_tokens)
         if proposal is None or len(proposal.token_ids) <= room.num_ahead:

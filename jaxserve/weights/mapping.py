@@ -44,7 +44,7 @@ def load_params(
     being assembled or cast.
     """
     _check(checkpoint, rules, (*DEFAULT_IGNORED, *ignored, *((TIED_HEAD,) if tie_embeddings else ())))
-    sizes = [math.prod(rule.param_shape) * np.dtype(dtype).itemsize for rule in rules]
+    sizes = [math.prod(rule.param_shape) * np.dtype(rule.dtype or dtype).itemsize for rule in rules]
     params: dict[str, jax.Array] = {}
     loaded, total = 0, sum(sizes)
     for rule, size, array in _read_ahead(checkpoint, rules, sizes, np.dtype(dtype)):
@@ -110,10 +110,13 @@ def _prepare(checkpoint: Checkpoint, rule: WeightRule, dtype: np.dtype) -> np.nd
         tensors = [checkpoint.read(source) for source in rule.sources]
     else:
         tensors = [checkpoint.read_rows(source, rows) for source, rows in zip(rule.sources, rule.rows, strict=True)]
-    array = rule.assemble(tensors)
+    try:
+        array = rule.assemble(tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error
     if array.shape != rule.param_shape:
         raise CheckpointError(
             f"parameter {rule.param!r} came out of {name_list(list(rule.sources))} with shape {list(array.shape)}, "
             f"the model wants {list(rule.param_shape)}"
         )
-    return array.astype(dtype, copy=False)
+    return array.astype(rule.dtype or dtype, copy=False)

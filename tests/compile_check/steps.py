@@ -18,7 +18,8 @@ from jaxserve.plan.memory import activation_bytes
 from jaxserve.plan.models import known_config
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import Programs
 from jaxserve.sampling.inputs import VARIANTS, Variant
 from tests.compile_check.jobs import Job, Limits
 from tests.compile_check.kernels import IMPLEMENTATION

@@ -60,16 +60,37 @@ def test_a_model_alone_is_a_draft_model():
 
 
 @pytest.mark.parametrize(
+    ("value", "wanted"),
+    [
+        (
+            '{"method": "eagle3", "model": "head", "num_speculative_tokens": 3}',
+            SpeculativeConfig(method="eagle3", model="head", num_speculative_tokens=3),
+        ),
+        ('{"method": "mtp", "num_speculative_tokens": 1}', SpeculativeConfig(method="mtp", num_speculative_tokens=1)),
+        ('{"method": "mimo_mtp"}', SpeculativeConfig(method="mtp")),
+    ],
+)
+def test_heads_are_named_as_vllm_names_them(value, wanted):
+    assert make(value).speculative.speculative_config == wanted
+
+
+@pytest.mark.parametrize(
     ("value", "message"),
     [
         ('{"method": "ngram", "num_speculative_tokens": 0}', r"num_speculative_tokens must be at least 1, got 0"),
         ('{"method": "ngram", "num_speculative_tokens": 1000}', r"num_speculative_tokens must be at most 32, got 1000"),
         ('{"method": "ngram", "num_speculative_tokens": "4"}', r"num_speculative_tokens must be an integer"),
-        ('{"method": "eagle3", "model": "x"}', r"a method that is built \(ngram, draft_model\); 'eagle3' is not"),
-        ('{"method": "draft_model"}', r"must have a model with method 'draft_model' and with no other"),
-        ('{"method": "ngram", "model": "small"}', r"must have a model with method 'draft_model' and with no other"),
+        (
+            '{"method": "medusa", "model": "x"}',
+            r"a method that is built \(ngram, draft_model, eagle3, mtp\); 'medusa' is not",
+        ),
+        ('{"method": "draft_model"}', r"must have a model with method 'draft_model': the folder or hub id"),
+        ('{"method": "eagle3"}', r"must have a model with method 'eagle3': the folder or hub id"),
+        ('{"method": "eagle3", "model": "x", "num_speculative_tokens": 0}', r"must be at least 1, got 0"),
+        ('{"method": "mtp", "num_speculative_tokens": 1000}', r"num_speculative_tokens must be at most 32, got 1000"),
+        ('{"method": "ngram", "model": "small"}', r"must have no model with method 'ngram', which needs none"),
         ('{"method": "draft_model", "model": ""}', r"speculative_config.model must not be empty"),
-        ('{"method": "magic"}', r"must name a method, one of ngram, draft_model; it is 'magic'"),
+        ('{"method": "magic"}', r"must name a method, one of ngram, draft_model, eagle3, mtp; it is 'magic'"),
         ("{}", r"must name a method, one of ngram, draft_model"),
         ("ngram", r"must be a JSON object"),
         ("3", r"must be a mapping, got 3"),

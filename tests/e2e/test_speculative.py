@@ -1,14 +1,19 @@
-"""A server that drafts, beside the shared one that does not: the same streams, in fewer chunks."""
+"""Servers that draft: by lookup, beside the shared one that does not, and with an EAGLE-3 head. The same streams."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 from openai import OpenAI
 
+from tests.checkpoints import save_random_llama, transformers_greedy
 from tests.e2e.server import MODEL, NAME, SMALL_SHAPES, ServerProcess
+from tests.e2e.tiny_model import TINY_SHAPES, write_tokenizer
+from tests.speculative.heads import save_eagle3, train_eagle3
 
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 6, "adaptive": false}'
 COUNTING = "Count: 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3,"
@@ -47,3 +52,25 @@ def test_drafts_show_in_the_metrics_and_nothing_was_compiled_late(drafting):
     assert drafting.metric("compiles_after_ready_total") == 0
     assert drafting.metric("kv_cache_usage_perc") == 0
     assert "Traceback" not in drafting.log.read_text()
+
+
+def test_a_server_with_an_eagle3_head_streams_the_model_s_own_tokens(tmp_path: Path):
+    model = write_tokenizer(save_random_llama(tmp_path / "model"))
+    prompt, num_tokens = [5, 9, 17, 30, 2, 8], 60
+    (wanted,) = transformers_greedy(model, [prompt], num_tokens)
+    head = save_eagle3(train_eagle3(model, [prompt + wanted]), tmp_path / "head")
+    config = json.dumps({"method": "eagle3", "model": str(head), "num_speculative_tokens": 3})
+    with ServerProcess(tmp_path / "log", str(model), *TINY_SHAPES, "--speculative-config", config) as running:
+        with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+            chunks = client.completions.create(
+                model=str(model),
+                prompt=prompt,
+                max_tokens=num_tokens,
+                temperature=0,
+                stream=True,
+                extra_body={"ignore_eos": True, "return_token_ids": True},
+            )
+            given = [(chunk.choices[0].model_extra or {}).get("token_ids") for chunk in chunks if chunk.choices]
+        assert [token_id for token_ids in given for token_id in token_ids or ()] == wanted
+        assert running.metric("spec_decode_num_accepted_tokens_total") > 10
+        assert running.metric("compiles_after_ready_total") == 0

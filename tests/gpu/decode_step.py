@@ -19,7 +19,8 @@ from jaxserve.runner.batch import empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.model_graph import ModelGraph, Params, choose_backend
 from jaxserve.runner.packing import Packing
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import Programs
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import abstract_inputs
 from pallas_kernels.benchmark import copy_rate, time_calls
@@ -123,7 +124,7 @@ class DecodeSteps:
         state = {"caches": self._caches, "tokens": jnp.zeros(self.shapes.tokens_shape, jnp.int32)}
 
         def step() -> jax.Array:
-            _, rows, state["caches"] = programs.forward(params, state["caches"], state["tokens"], packed)
+            _, rows, _, state["caches"] = programs.forward(params, state["caches"], state["tokens"], packed)
             state["tokens"], sampled = programs.sample(head, rows, state["tokens"], sample_packed, inputs)
             return sampled.token_ids
 

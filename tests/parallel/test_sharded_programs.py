@@ -17,7 +17,8 @@ from jaxserve.plan.hlo import collectives
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.loading import load_weights, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import Programs
 from jaxserve.sampling.inputs import VARIANTS
 from jaxserve.weights import mapping
 from tests.checkpoints import save_random_llama

@@ -18,7 +18,8 @@ from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, compile_all
 from jaxserve.runner.loading import open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.programs import Programs, ProgramShapes
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import Programs
 from tests.checkpoints import save_random_llama
 
 NUM_BLOCKS = 3559  # a number that no other array of the step has

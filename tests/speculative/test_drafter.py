@@ -6,8 +6,8 @@ import random
 
 from jaxserve.scheduler.draft_planner import DraftRoom
 from jaxserve.speculative.acceptance import Rates, RequestAcceptance
-from jaxserve.speculative.draft_model import DraftModelProposer
 from jaxserve.speculative.drafter import SpeculativeDrafter
+from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.proposer import Proposal
 from jaxserve.speculative.step_times import StepTimes
 
@@ -128,7 +128,7 @@ def test_a_full_batch_gets_none_where_one_row_alone_would():
 
 
 def blind() -> SpeculativeDrafter:
-    drafter = SpeculativeDrafter(DraftModelProposer(), max_tokens=4, step_sizes=SIZES, is_adaptive=True)
+    drafter = SpeculativeDrafter(RunnerProposer(), max_tokens=4, step_sizes=SIZES, is_adaptive=True)
     measure(drafter, {size: 0.01 + 0.001 * size for size in SIZES})
     return drafter
 

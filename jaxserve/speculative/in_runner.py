@@ -1,11 +1,11 @@
-"""`DraftModelProposer`: leaves the guess to a smaller model in the runner, which draws it in the same step."""
+"""`RunnerProposer`: leaves the guess to a smaller model or a head in the runner, which draws it in the same step."""
 
 from __future__ import annotations
 
 from jaxserve.speculative.proposer import Proposal
 
 
-class DraftModelProposer:
+class RunnerProposer:
     """Proposes for every request as many tokens as it may."""
 
     def propose(self, request_id: str, token_ids: list[int], num_tokens: int) -> Proposal | None:

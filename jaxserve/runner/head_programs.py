@@ -1,0 +1,184 @@
+"""Every program of a draft head: `follow` the model over its tokens, `advance` over drafts, `draw` the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.stages import Compiled, Lowered
+
+from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.parallel.mesh import EVERYWHERE, PER_DATA_SHARD, by_data_shard, to_devices
+from jaxserve.runner.buckets import Bucket
+from jaxserve.runner.compilation import CompileJobs, OnCompiled, compile_all
+from jaxserve.runner.head_step import advance, draw, follow
+from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes, bytes_of_a_device, sizes_of
+from jaxserve.runner.step import ForwardBatch, SampleBatch
+from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant
+from jaxserve.sampling.sampler import SampledTokens
+
+
+class HeadPrograms:
+    """Compiled programs by shape. Caches, states and the token table are donated to the calls that change them.
+
+    States lie in a table by slot, [slots, num_states, hidden]: a sequence's state of position p is number
+    p mod num_states, so that the table holds those of a slot's last positions.
+    """
+
+    def __init__(self, graph: ModelGraph, shapes: ProgramShapes, *, num_states: int) -> None:
+        """`num_states`: one more than a row may have drafts."""
+        self._graph = graph
+        self._shapes = shapes
+        self._arguments = ProgramArguments(graph, shapes)
+        self._states = self._arguments.activations(shapes.max_num_seqs + 1, num_states, graph.config.hidden_size)
+        self._can_advance = num_states > 2  # the first draft needs no state but the model's
+        self._compiled: dict[tuple[Any, ...], Compiled] = {}
+
+    def new_states(self) -> jax.Array:
+        """A table of zeros."""
+        return to_devices(np.zeros(self._states.shape, self._states.dtype), self._states.sharding)
+
+    def follow(
+        self,
+        params: Params,
+        caches: list[LayerCache],
+        states: jax.Array,
+        tokens: jax.Array,
+        bucket: Bucket,
+        batches: Sequence[ForwardBatch],
+        features: jax.Array,
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """See `head_step.follow`; `caches` and `states` are donated."""
+        packed = self._packed(bucket, batches)
+        return self._compiled["follow", bucket](params, caches, states, tokens, packed, features)
+
+    def advance(
+        self,
+        params: Params,
+        caches: list[LayerCache],
+        states: jax.Array,
+        tokens: jax.Array,
+        bucket: Bucket,
+        batches: Sequence[ForwardBatch],
+    ) -> tuple[jax.Array, list[LayerCache]]:
+        """See `head_step.advance`; `caches` and `states` are donated."""
+        return self._compiled["advance", bucket](params, caches, states, tokens, self._packed(bucket, batches))
+
+    def draw(
+        self,
+        head: Params,
+        states: jax.Array,
+        tokens: jax.Array,
+        batches: Sequence[SampleBatch],
+        inputs: SamplingInputs,
+        variant: Variant,
+    ) -> tuple[jax.Array, SampledTokens]:
+        """See `head_step.draw`; `tokens` is donated."""
+        rows = len(batches[0].slots)
+        packed = np.stack([self._arguments.sample_packings[rows].pack(batch) for batch in batches])
+        packed, inputs = self._arguments.to_devices((packed, inputs))
+        return self._compiled["draw", rows, variant](head, states, tokens, packed, inputs)
+
+    def _packed(self, bucket: Bucket, batches: Sequence[ForwardBatch]) -> Any:
+        packed = np.stack([self._arguments.forward_packings[bucket].pack(batch) for batch in batches])
+        return self._arguments.to_devices(packed)
+
+    # Compilation -----------------------------------------------------------------------------------------------------
+
+    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
+        """Compile everything, the largest step first."""
+        jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
+        buckets = self._shapes.buckets
+        for bucket in buckets.all():
+            jobs["follow", bucket] = partial(self.lower_follow, bucket)
+        if self._can_advance:
+            most = buckets.pick(min(self._shapes.max_num_seqs, buckets.token_sizes[-1]))
+            for bucket in buckets.all():
+                if bucket <= most:
+                    jobs["advance", bucket] = partial(self.lower_advance, bucket)
+        for rows in buckets.row_sizes:
+            for variant in VARIANTS:
+                jobs["draw", rows, variant] = partial(self.lower_draw, rows, variant)
+        self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
+
+    def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
+        """Bytes that the head's part of a step takes on each device; see `Programs.step_bytes`."""
+        bucket = self._shapes.buckets.all()[0]
+        compiled = compile_jobs(
+            {
+                "follow": partial(self.lower_follow, bucket),
+                "draw": partial(self.lower_draw, bucket.num_rows, "full"),
+            }
+        )
+        sizes = {name: sizes_of(program) for name, program in compiled.items()}
+        held = sizes["draw"].argument_size_in_bytes - bytes_of_a_device(self._arguments.head())
+        held += sum(size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes.values())
+        return max(size.temp_size_in_bytes for size in sizes.values()) + 2 * held
+
+    def lower_follow(self, bucket: Bucket) -> Lowered:
+        """Trace and lower the head's pass behind the model's, for one bucket."""
+        config: Any = self._graph.config
+        packing = self._arguments.forward_packings[bucket]
+
+        def program(
+            params: Params,
+            caches: list[LayerCache],
+            states: jax.Array,
+            tokens: jax.Array,
+            packed: jax.Array,
+            features: jax.Array,
+        ) -> tuple[jax.Array, list[LayerCache]]:
+            return follow(self._graph, params, caches, states, tokens, packing.unpack(packed[0]), features)
+
+        features = self._arguments.activations(bucket.num_tokens, config.num_features)
+        return self._lower_pass(program, packing.size, features)
+
+    def lower_advance(self, bucket: Bucket) -> Lowered:
+        """Trace and lower a pass over drafts, for one bucket."""
+        packing = self._arguments.forward_packings[bucket]
+
+        def program(
+            params: Params, caches: list[LayerCache], states: jax.Array, tokens: jax.Array, packed: jax.Array
+        ) -> tuple[jax.Array, list[LayerCache]]:
+            return advance(self._graph, params, caches, states, tokens, packing.unpack(packed[0]))
+
+        return self._lower_pass(program, packing.size)
+
+    def _lower_pass(self, program: Callable[..., Any], packed_size: int, *more: jax.ShapeDtypeStruct) -> Lowered:
+        given = self._arguments
+        caches = given.caches()
+        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4 + len(more))))
+        out = (by_data_shard(self._graph.mesh), jax.tree.map(lambda pool: pool.sharding, caches))
+        jitted = jax.jit(sharded, donate_argnums=(1, 2), out_shardings=out)
+        packed = given.split(1, packed_size)
+        return jitted.lower(self._graph.abstract_params(), caches, self._states, given.tokens(), packed, *more)
+
+    def lower_draw(self, rows: int, variant: Variant) -> Lowered:
+        """Trace and lower the head's logits and the sampler for one number of rows."""
+        given = self._arguments
+        packing = given.sample_packings[rows]
+
+        def program(
+            head: Params, states: jax.Array, tokens: jax.Array, packed: jax.Array, inputs: SamplingInputs
+        ) -> tuple[jax.Array, SampledTokens]:
+            return draw(self._graph, head, states, tokens, packing.unpack(packed[0]), inputs, variant=variant)
+
+        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
+        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(by_data_shard(self._graph.mesh), given.results()))
+        packed, inputs = given.split(1, packing.size), given.sampling_inputs(rows, variant)
+        return jitted.lower(given.head(), self._states, given.tokens(), packed, inputs)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedHead:
+    """A draft head that is ready to run; its parameters hold those it shares with the model."""
+
+    graph: ModelGraph
+    params: Mapping[str, jax.Array]
+    programs: HeadPrograms
+    caches: list[LayerCache]

@@ -1,0 +1,114 @@
+"""Draft heads' logits against their references, at every position of a prompt, in every spelling of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from jaxserve.config import ModelSettings
+from jaxserve.config_speculative import Method, SpeculativeConfig
+from jaxserve.layers.attention import AttentionInputs
+from jaxserve.models.head import DraftHead
+from jaxserve.parallel.mesh import make_mesh
+from jaxserve.runner.batch import BatchBuilder
+from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.head_loading import open_head
+from jaxserve.runner.loading import load_weights, open_model
+from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.slot_table import SlotTable
+from jaxserve.sampling_params import SamplingParams
+from jaxserve.scheduler.plan import NewSlot, StepPlan
+from tests.checkpoints import save_random_llama
+from tests.speculative.heads import model_features, random_eagle3, save_eagle3, save_mimo, save_speculators
+from tests.speculative.reference_heads import Reference, causal
+
+PROMPT = np.random.default_rng(0).integers(3, 320, 60).tolist()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_llama(tmp_path_factory.mktemp("model"))
+
+
+def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarray) -> np.ndarray:
+    """f32[tokens - 1, vocab] of one pass over the prompt."""
+    speculative = SpeculativeConfig(method=method, model=str(head) if head else None)
+    target = open_model(ModelSettings(model=str(model), dtype="float32"))
+    opened = open_head(speculative, target, is_dummy=False, max_model_len=128)
+    mesh = make_mesh()
+    backend = choose_backend(opened.config, dtype=np.float32, block_size=16, mesh=mesh)
+    graph = ModelGraph(opened.config, dtype=np.float32, backend=backend, family=opened.family)
+    model_graph = ModelGraph(target.decoder, dtype=np.float32, backend=backend)
+    params = opened.complete(
+        load_weights(opened.files, graph, lambda *_: None),
+        model_graph,
+        load_weights(target, model_graph, lambda *_: None),
+    )
+    slots = SlotTable(max_num_seqs=2, max_blocks_per_seq=8)
+    count = len(PROMPT) - 1
+    new = NewSlot(
+        slot=1,
+        request_id="r",
+        token_ids=PROMPT,
+        num_prompt_tokens=len(PROMPT),
+        sampling_params=SamplingParams(),
+        stop_token_ids=[],
+        block_ids=[4, 3, 2, 1],
+    )
+    plan = StepPlan(
+        step_id=0, new_slots=[new], request_ids=["r"], slots=[1], starts=[0], num_tokens=[count], samples=[True]
+    )
+    slots.apply(plan)
+    batch = BatchBuilder(Buckets((64,), (2,)), slots, backend).build(plan).batches[0]
+    inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
+    padding = 64 - count
+
+    @jax.jit
+    def step(params, caches, token_ids, features, inputs):
+        bound: DraftHead = graph.bind(params)
+        states, _ = bound.advance(token_ids, bound.combine(features), jnp.asarray(batch.positions), caches, inputs)
+        return bound.logits(states)
+
+    token_ids = np.pad(np.array(PROMPT[1:], np.int32), (0, padding))
+    caches = graph.kv_cache_spec().allocate(5, mesh)
+    return np.asarray(step(params, caches, token_ids, np.pad(features, ((0, padding), (0, 0))), inputs))[:count]
+
+
+def check(given: np.ndarray, head: Reference, features: torch.Tensor) -> None:
+    with torch.no_grad():
+        states = head.advance(head.combine(features), torch.tensor(PROMPT[1:]), *causal(len(PROMPT) - 1))
+        wanted = head.draft_logits(states).numpy()
+        token_ids = head.to_model(torch.arange(wanted.shape[1])).numpy()
+    assert np.max(np.abs(given[:, token_ids] - wanted)) / np.max(np.abs(wanted)) < 1e-4
+    others = np.delete(given, token_ids, axis=1)
+    assert np.all(others == -np.inf)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_before_residual": True}])
+@pytest.mark.parametrize("save", [save_eagle3, save_speculators])
+def test_eagle3_logits_agree_with_the_reference(model: Path, tmp_path: Path, save, changes: dict) -> None:
+    head = random_eagle3(model, **changes)
+    features = model_features(model, PROMPT)[:-1]
+    given = logits_of(model, "eagle3", save(head, tmp_path / "head", **changes), features.numpy())
+    assert given.shape == (59, 320)
+    check(given, head, features)
+
+
+def test_a_head_over_the_whole_vocabulary_needs_no_token_map(model: Path, tmp_path: Path) -> None:
+    head = random_eagle3(model, draft_vocab_size=320)
+    del head.d2t, head.t2d
+    head.to_model = lambda draft_ids: draft_ids
+    features = model_features(model, PROMPT)[:-1]
+    folder = save_eagle3(head, tmp_path / "head", draft_vocab_size=None)
+    check(logits_of(model, "eagle3", folder, features.numpy()), head, features)
+
+
+def test_mimo_logits_agree_with_the_reference(tmp_path: Path) -> None:
+    model, head = save_mimo(tmp_path / "mimo")
+    features = model_features(model, PROMPT, final=True)[:-1]
+    check(logits_of(model, "mtp", None, features.numpy()), head, features)
