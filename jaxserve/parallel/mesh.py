@@ -101,7 +101,8 @@ def to_devices(
         return jax.device_put(value, where)
     shape = value.shape if shape is None else shape
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None, "JAX's own type allows it"
         start, stop, _ = index[0].indices(shape[0])
         return value[(slice(start - first_row, stop - first_row), *index[1:])]
 
