@@ -102,7 +102,7 @@ def to_devices(
     shape = value.shape if shape is None else shape
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # JAX's types say so of devices elsewhere
+        assert index is not None, "JAX's own type allows it"
         start, stop, _ = index[0].indices(shape[0])
         return value[(slice(start - first_row, stop - first_row), *index[1:])]
 

@@ -131,8 +131,8 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
 def _rows_of_this_host(rule: WeightRule, where: Sharding) -> tuple[WeightRule, range]:
     """The rule for what this host's devices hold of a parameter's first axis, and which rows those are."""
     size = rule.param_shape[0]
-    places = where.addressable_devices_indices_map(rule.param_shape).values()
-    slices = [index[0].indices(size) for index in places if index is not None]
+    indices = where.addressable_devices_indices_map(rule.param_shape).values()
+    slices = [index[0].indices(size) for index in indices if index]
     rows = range(min(start for start, _, _ in slices), max(stop for _, stop, _ in slices))
     part = None if rule.part is None or len(rows) == size else rule.part(rows)
     return (rule, range(size)) if part is None else (part, rows)

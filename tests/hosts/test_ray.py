@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -15,32 +19,44 @@ from openai import OpenAI
 from tests.e2e.server import ROOT, ServerProcess, command, environment, wait_for
 from tests.e2e.tiny_model import TINY_SHAPES, write_config
 from tests.hosts.group import QUICK_COMPILES
+from tests.hosts.ray_cluster import ENVIRONMENT
 from tests.hosts.test_bad_starts import TIME_LIMIT_S
 
 pytestmark = pytest.mark.multihost
 
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves this machine
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # and nothing its loopback: Ray takes this for "no other machines"
-}
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    process: subprocess.Popen[str]
+    address: str
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of a command that is to run on it."""
+        return ENVIRONMENT | QUICK_COMPILES | {"RAY_ADDRESS": self.address}
+
+    def placement_groups(self) -> list[dict[str, Any]]:
+        """Those that Ray has made."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("groups\n")
+        self.process.stdin.flush()
+        return [group for group in json.loads(self.process.stdout.readline()) if group["state"] == "CREATED"]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[str]:
-    """The address of a cluster of two nodes with a CPU each."""
-    patch = pytest.MonkeyPatch()
-    for name, value in ENVIRONMENT.items():
-        patch.setenv(name, value)
-    from ray.cluster_utils import Cluster
-
-    running = Cluster(initialize_head=True, head_node_args=NODE)
+def cluster() -> Iterator[Cluster]:
+    """Two nodes with a CPU each. Not in this process: Ray forks, and JAX is in here."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.hosts.ray_cluster"],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
     try:
-        running.add_node(**NODE)
-        yield running.address
+        yield Cluster(process, process.stdout.readline().strip())
     finally:
-        running.shutdown()
-        patch.undo()
+        process.stdin.close()
+        process.wait(60)
+        process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +95,9 @@ def is_follower(process: psutil.Process) -> bool:
 
 
 def test_ray_places_a_worker_on_each_host_and_brings_it_back(cluster, tiny, tmp_path):
-    import ray
-    from ray.util import placement_group_table
-
-    variables = ENVIRONMENT | QUICK_COMPILES | {"RAY_ADDRESS": cluster}
-    with ServerProcess(tmp_path / "log", *by_ray(tiny, 2, tmp_path / "compiled"), env=variables) as server:
+    with ServerProcess(tmp_path / "log", *by_ray(tiny, 2, tmp_path / "compiled"), env=cluster.variables) as server:
         answer = completion(server)
-        ray.init(address=cluster, log_to_driver=False, logging_level="error")
-        (group,) = [table for table in placement_group_table().values() if table["state"] == "CREATED"]
-        ray.shutdown()
+        (group,) = cluster.placement_groups()
         assert group["strategy"] == "STRICT_SPREAD"
         assert len(set(group["bundles_to_node_id"].values())) == 2
 
@@ -98,12 +108,13 @@ def test_ray_places_a_worker_on_each_host_and_brings_it_back(cluster, tiny, tmp_
 
         server.terminate()
         assert server.process.wait(30) == 0, server.log.read_text()
-    assert [process for process in psutil.process_iter() if is_follower(process)] == []
+    wait_for(lambda: not any(map(is_follower, psutil.process_iter())), 20, "the follower's end")
+    assert cluster.placement_groups() == []
 
 
 def test_a_cluster_with_too_few_hosts(cluster, tiny, tmp_path):
     flags = (*by_ray(tiny, 3, tmp_path), "--dist-timeout-s", "3", "--port", "0")
-    message = failing(flags, ENVIRONMENT | {"RAY_ADDRESS": cluster})
+    message = failing(flags, cluster.variables)
     assert message.startswith(
         "nnodes is 3, each with 1 CPU, this host among them, but Ray could not reserve them in 3 s"
     )
@@ -113,13 +124,13 @@ def test_a_cluster_with_too_few_hosts(cluster, tiny, tmp_path):
 def test_a_model_that_another_host_does_not_have(cluster, tmp_path):
     """The follower's error is the leader's."""
     flags = (*by_ray(Path("nowhere"), 2, tmp_path), "--port", "0")
-    assert "neither an existing path nor a hub id" in failing(flags, ENVIRONMENT | {"RAY_ADDRESS": cluster})
+    assert "neither an existing path nor a hub id" in failing(flags, cluster.variables)
 
 
 def test_no_cluster(tiny, tmp_path):
     flags = (*by_ray(tiny, 2, tmp_path), "--port", "0")
-    message = failing(flags, ENVIRONMENT | {"RAY_ADDRESS": "auto", "RAY_TMPDIR": str(tmp_path)})
-    assert message.startswith("no Ray cluster to run on: ")
+    message = failing(flags, ENVIRONMENT | {"RAY_ADDRESS": "127.0.0.1:1"})
+    assert message.startswith("no Ray cluster to run on: nobody answers at 127.0.0.1:1")
 
 
 def failing(flags: tuple[str, ...], variables: dict[str, str]) -> str:

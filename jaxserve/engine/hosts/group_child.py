@@ -14,6 +14,7 @@ from jaxserve.engine.hosts.session import HostSession
 from jaxserve.errors import JaxserveError
 
 WATCH_INTERVAL_S = 0.5
+START_SILENCE_S = 30.0  # while it imports, traces and compiles, a process may be silent so long
 LAST_ORDERS_S = 0.2
 LAST_NEWS_S = 1.0  # after this host's engine process broke down: a follower's death may be why, and says so soon
 
@@ -23,7 +24,9 @@ class Pulse:
 
     def __init__(self, parallel: ParallelSettings) -> None:
         self._silence_s = parallel.heartbeat_timeout_s
+        self._start_s = max(parallel.heartbeat_timeout_s, START_SILENCE_S)
         self._step_s = parallel.step_timeout_s
+        self._is_ready = False
         self._heard_s = time.monotonic()
         self._busy_s = 0.0
 
@@ -32,12 +35,15 @@ class Pulse:
         self._heard_s = time.monotonic()
         if isinstance(message, wire.Heartbeat):
             self._busy_s = message.busy_s
+        elif isinstance(message, wire.Ready):
+            self._is_ready = True
 
     @property
     def trouble(self) -> str | None:
         """What is wrong, to come after "the engine process"."""
-        if time.monotonic() - self._heard_s > self._silence_s:
-            return f"was not heard for {self._silence_s:g} s"
+        limit_s = self._silence_s if self._is_ready else self._start_s
+        if time.monotonic() - self._heard_s > limit_s:
+            return f"was not heard for {limit_s:g} s"
         if self._busy_s > self._step_s:
             return f"was at one step for {self._busy_s:.0f} s"
         return None

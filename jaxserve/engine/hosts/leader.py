@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -79,14 +80,14 @@ class HostGroup:
         return [rank for rank in range(1, self._num_hosts) if rank not in self._members]
 
     async def gather(self) -> None:
-        """Wait until every rank is there; `ConfigError` when they are not in time."""
-        deadline_s = time.monotonic() + self._timeout_s
-        while self.missing:
+        """Wait until every rank is there, and was heard just now; `ConfigError` when they are not in time."""
+        begin_s = time.monotonic()
+        while self.missing or any(member.heard_s < begin_s for member in self._members.values()):
+            if time.monotonic() - begin_s > self._timeout_s:
+                raise ConfigError(self._what_is_missing())
             self._changed.clear()
-            try:
-                await asyncio.wait_for(self._changed.wait(), deadline_s - time.monotonic())
-            except TimeoutError:
-                raise ConfigError(self._what_is_missing()) from None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), messages.BEAT_INTERVAL_S / 2)
 
     def begin(self) -> HostSession:
         """Have the followers start their engine processes; returns what this host's needs to know."""

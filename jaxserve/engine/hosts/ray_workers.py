@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import os
+import socket
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+CONNECT_TIMEOUT_S = 5.0
 END_TIMEOUT_S = 5.0  # for the followers to end by themselves, after the leader's goodbye
 
 
@@ -81,9 +83,11 @@ class RayWorkers:
     def _reserve(self) -> None:
         """Connect to the cluster and take the hosts; `ConfigError` where there is none, or where they are too few."""
         ray, parallel = self._ray, self.config.parallel
+        address = os.environ.get("RAY_ADDRESS", "auto")
         try:
-            ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=True, logging_level="warning")
-        except (ConnectionError, ValueError, RuntimeError) as error:
+            _check_answers(address)
+            ray.init(address=address, log_to_driver=True, logging_level="error")
+        except (OSError, ValueError, RuntimeError) as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)
             raise ConfigError(
                 f"no Ray cluster to run on: {reason}; start one with 'ray start', or name it in RAY_ADDRESS"
@@ -170,6 +174,17 @@ def _import_ray() -> Any:
             "distributed_executor_backend is 'ray', but Ray is not installed: pip install 'jaxserve[ray]'"
         ) from error
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Raise `ConnectionError` where nobody listens at "host:port": Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "/" in address or not port.isdecimal():
+        return  # "auto", or a scheme of Ray's own
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers at {address} ({error.strerror or error})") from error
 
 
 def _absolute(model: str) -> str:
