@@ -43,11 +43,11 @@ def open_head(speculative: SpeculativeConfig, target: ModelFiles, *, is_dummy: b
     """The head that a config names; `ConfigError` or `CheckpointError` says what is wrong with it."""
     name = f"draft head {speculative.model!r}" if speculative.model else "the model's own draft head"
     checkpoint, hf_config = target.checkpoint, target.hf_config
-    if speculative.model is not None:
-        checkpoint, hf_config = _open(name, speculative.model, is_dummy=is_dummy)
-    names = frozenset(checkpoint.tensor_names()) if checkpoint is not None else None
     read = _read_eagle3 if speculative.method == "eagle3" else _read_mtp
     try:
+        if speculative.model is not None:
+            checkpoint, hf_config = _open(speculative.model, is_dummy=is_dummy)
+        names = frozenset(checkpoint.tensor_names()) if checkpoint is not None else None
         config, feature_layers = read(hf_config, target.decoder, names)
     except (CheckpointError, ConfigError) as error:
         raise type(error)(f"{name}: {error}") from error
@@ -58,10 +58,10 @@ def open_head(speculative: SpeculativeConfig, target: ModelFiles, *, is_dummy: b
     return HeadFiles(files, config, HEADS[speculative.method], feature_layers)
 
 
-def _open(name: str, model: str, *, is_dummy: bool) -> tuple[Checkpoint | None, dict[str, Any]]:
+def _open(model: str, *, is_dummy: bool) -> tuple[Checkpoint | None, dict[str, Any]]:
     source = resolve_source(model, tokenizer_only=is_dummy)
     if source.kind != "folder":
-        raise ConfigError(f"{name} is a GGUF file; a head must be a folder or hub id with safetensors and config.json")
+        raise ConfigError("is a GGUF file; a head must be a folder or hub id with safetensors and config.json")
     if is_dummy:
         return None, read_json(source.path / "config.json")
     checkpoint = open_checkpoint(source)

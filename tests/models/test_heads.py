@@ -24,7 +24,15 @@ from jaxserve.runner.slot_table import SlotTable
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan
 from tests.checkpoints import save_random_llama
-from tests.speculative.heads import model_features, random_eagle3, save_eagle3, save_mimo, save_speculators
+from tests.models import test_llama
+from tests.speculative.heads import (
+    model_features,
+    random_eagle3,
+    save_eagle3,
+    save_mimo,
+    save_speculators,
+    transformers_model,
+)
 from tests.speculative.reference_heads import Reference, causal
 
 PROMPT = np.random.default_rng(0).integers(3, 320, 60).tolist()
@@ -112,3 +120,11 @@ def test_mimo_logits_agree_with_the_reference(tmp_path: Path) -> None:
     model, head = save_mimo(tmp_path / "mimo")
     features = model_features(model, PROMPT, final=True)[:-1]
     check(logits_of(model, "mtp", None, features.numpy()), head, features)
+
+
+def test_mimo_itself_is_qwen2_and_loads_without_its_head(tmp_path: Path) -> None:
+    model, _ = save_mimo(tmp_path / "mimo")
+    with torch.no_grad():
+        wanted = transformers_model(model)(torch.tensor([PROMPT])).logits[0].numpy()
+    given = test_llama.logits_of(model, PROMPT)
+    assert np.max(np.abs(given - wanted)) / np.max(np.abs(wanted)) < 1e-4
