@@ -109,6 +109,6 @@ def deployment(
 ) -> Iterator[ServerProcess]:
     """`jaxserve deploy` with three replicas."""
     log = tmp_path_factory.mktemp("deployment") / "log"
-    flags = ("--ray-address", ray_cluster.address, "--health-check-period-s", "1")
+    flags = ("--ray-address", ray_cluster.address, "--health-check-period-s", "1", "--max-load-difference", "8")
     with ServerProcess(log, str(launch_file), *flags, subcommand="deploy") as running:
         yield running
