@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from jaxserve.config_values import Settings, parse_object
 from jaxserve.errors import ConfigError
 
-_ONGOING_UNLESS_KNOWN = 256  # where max_num_seqs is the device's
+_NUM_SEQS_UNLESS_KNOWN = 128  # where max_num_seqs is the device's
 
 
 class DeploySettings(Settings):
@@ -26,11 +26,11 @@ class DeploySettings(Settings):
     )
     upscale_delay_s: float = Field(default=10.0, ge=0, description="Seconds of high load before an engine is added.")
     downscale_delay_s: float = Field(default=300.0, ge=0, description="Seconds of low load before one is taken away.")
-    max_load_difference: int = Field(
-        default=16, ge=0, description="Requests that a cached prefix may cost over the least loaded engine."
+    max_load_difference: int | None = Field(
+        default=None, ge=0, description="Requests that a cached prefix may cost over the least load. [max_num_seqs / 2]"
     )
     max_num_retries: int = Field(
-        default=3, ge=0, description="Times a request whose engine died before its first token is sent to another."
+        default=2, ge=0, description="Times a request whose engine died before its first token is sent to another."
     )
     health_check_period_s: float = Field(default=5.0, gt=0, description="Seconds between an engine's health checks.")
     health_check_timeout_s: float = Field(default=30.0, gt=0, description="Seconds an engine has to answer one.")
@@ -69,9 +69,15 @@ class DeploySettings(Settings):
         """Engines that run at any time."""
         return self.min_replicas or self.first_replicas
 
+    def load_difference(self, max_num_seqs: int | None) -> int:
+        """Requests that an engine may have more than the least loaded and still get those whose prefix it has."""
+        if self.max_load_difference is not None:
+            return self.max_load_difference
+        return (max_num_seqs or _NUM_SEQS_UNLESS_KNOWN) // 2
+
     def ongoing_limit(self, max_num_seqs: int | None) -> int:
         """Requests that an engine is sent at once: what it runs, and as many waiting, so that it never idles."""
-        return self.max_ongoing_requests or (2 * max_num_seqs if max_num_seqs else _ONGOING_UNLESS_KNOWN)
+        return self.max_ongoing_requests or 2 * (max_num_seqs or _NUM_SEQS_UNLESS_KNOWN)
 
     def ongoing_target(self, max_num_seqs: int | None) -> float:
         """Requests an engine that autoscaling aims at."""

@@ -25,7 +25,10 @@ _ENVIRONMENT = {
 
 WATCH_PERIOD_S = 2.0  # between looks at how many engines run
 CONNECT_TIMEOUT_S = 5.0
-_LOOPBACK_CLUSTER = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's own ports on 127.0.0.1, on Linux too
+_OWN_CLUSTER = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on 127.0.0.1, on Linux too
+    "RAY_AUTH_MODE": "token",  # and there for this user alone
+}
 
 
 def deploy(launch: Launch) -> None:
@@ -37,12 +40,13 @@ def run_deployment(config: Config, *, core: str = DEFAULT_CORE) -> None:
     """Deploy until a signal comes. `core` is the engine core's class as "module:attribute"."""
     set_up_logging(config.server.log_level)
     replica_resources(config)  # raises what no cluster can mend
+    environment = dict(_ENVIRONMENT)
     if config.deploy.ray_address is None:
         _free_port(config)
-        os.environ.setdefault(*_LOOPBACK_CLUSTER)
+        environment |= _OWN_CLUSTER
     else:
         _check_ray_address(config.deploy.ray_address)
-    for name, value in _ENVIRONMENT.items():
+    for name, value in environment.items():
         os.environ.setdefault(name, value)
     try:
         from jaxserve.deploy.session import Session

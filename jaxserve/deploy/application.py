@@ -59,7 +59,7 @@ def make_application(config: Config, *, core: str = DEFAULT_CORE) -> Application
         max_queued_requests=config.scheduler.max_queued_requests,
         request_router_config={
             "request_router_class": f"{PrefixCacheRouter.__module__}:{PrefixCacheRouter.__qualname__}",
-            "request_router_kwargs": {"max_load_difference": deploy.max_load_difference},
+            "request_router_kwargs": {"max_load_difference": deploy.load_difference(max_num_seqs)},
         },
         **count,
         **stop,

@@ -6,12 +6,12 @@ import asyncio
 import contextvars
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -22,7 +22,13 @@ from jaxserve.deploy.prefix_index import prompt_hashes
 from jaxserve.engine.client import EngineHealth, EngineState
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.preparation import PreparedRequest, RequestPreparer, model_info
-from jaxserve.errors import EngineDeadError, InvalidRequestError, QueueFullError, ServerDrainingError
+from jaxserve.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    RequestFailedError,
+    ServerDrainingError,
+)
 from jaxserve.outputs import CompletionOutput, FinishReason, RequestOutput
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.tokenizer.tokenizer import MAX_INLINE_CHARS, Tokenizer
@@ -85,17 +91,18 @@ class ReplicasClient:
         add_special_tokens: bool = True,
     ) -> AsyncIterator[RequestOutput]:
         """See `EngineClient.generate`."""
-        if request_id in self._live:
-            raise InvalidRequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
         options = {"priority": priority, "cache_salt": cache_salt, "add_special_tokens": add_special_tokens}
         prepared = await self._prepare(prompt, params, request_id=request_id, **options)
+        if request_id in self._live:
+            raise InvalidRequestError(f"request id {request_id!r} is in use by a running request", param="request_id")
         live = self._live[request_id] = self._live_request(prepared, priority, cache_salt)
         try:
             while True:
                 try:
-                    async for output in self._ask_a_replica(live):
-                        live.has_output = True
-                        yield output
+                    async with aclosing(self._ask_a_replica(live)) as outputs:
+                        async for output in outputs:
+                            live.has_output = True
+                            yield output
                     return
                 except _ReplicaLostError as error:
                     self._check_may_retry(live, error)
@@ -129,11 +136,11 @@ class ReplicasClient:
             return self._preparer.prepare(prompt, params, **options)
         return await asyncio.to_thread(self._preparer.prepare, prompt, params, **options)
 
-    async def _ask_a_replica(self, live: _LiveRequest) -> AsyncIterator[RequestOutput]:
+    async def _ask_a_replica(self, live: _LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one attempt; raises `_ReplicaLostError` where another replica might do."""
         live.replica = None
-        # Serve knows a call by the HTTP request in whose context it is made, and of a request's calls, which several
-        # prompts make at once, routes one alone. In a context of its own each call is a request.
+        # Serve gives the calls made in an HTTP request's context one id, by which its router looks up those that wait:
+        # several prompts would be taken for one. In a context of its own each call is a request.
         stream = contextvars.Context().run(
             self._engines.generate.remote, live.generate, hashes=live.hashes, avoid=live.avoid
         )
@@ -143,7 +150,7 @@ class ReplicasClient:
             _cancel(live)
         is_finished = False
         try:
-            with _ray_errors_said_in_ours():
+            with _ray_errors_said_in_ours(live):
                 async for data in stream:
                     output = self._on_message(live, wire.decode_from_replica(data))
                     if output is not None:
@@ -195,13 +202,18 @@ class ReplicasClient:
 
 
 @contextmanager
-def _ray_errors_said_in_ours() -> Iterator[None]:
+def _ray_errors_said_in_ours(live: _LiveRequest) -> Iterator[None]:
     try:
         yield
     except BackPressureError:
         raise QueueFullError("all engines are busy and the waiting queue is full; try again in a moment") from None
     except DeploymentUnavailableError:
         raise EngineDeadError("no engine runs; GET /ready says when requests are taken again") from None
+    except RayTaskError as error:
+        if live.is_aborted or isinstance(error, TaskCancelledError):
+            raise _ReplicaLostError("it was told to stop") from error
+        logger.exception("%s: the replica failed on it", live.prepared.request_id)
+        raise RequestFailedError("the engine failed on this request; other requests were not touched") from error
     except (RayError, ReplicaUnavailableError) as error:  # deaths, in the several ways that Ray reports them
         raise _ReplicaLostError(type(error).__name__) from error
 

@@ -135,7 +135,9 @@ class Session:
         if not ray.is_initialized():
             return
         is_ours = self._config.deploy.ray_address is None
-        if self._is_deployed and not (at_once and is_ours):
+        if self._is_deployed and is_ours and not at_once:
+            serve.delete(APP_NAME)  # the rest goes down with the cluster
+        elif self._is_deployed and not is_ours:
             ending = threading.Thread(target=serve.shutdown, daemon=True)
             ending.start()
             ending.join(_END_AT_ONCE_S if at_once else None)  # Serve goes on by itself

@@ -51,14 +51,14 @@ class RayCluster:
 
 @pytest.fixture(scope="package")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head without CPUs and four nodes with one each, so that each engine has a node to itself."""
+    """A head without CPUs and three nodes with one each, so that each engine has a node to itself."""
     pytest.importorskip("ray.serve", reason="needs the extra 'ray'", exc_type=ImportError)
     log = tmp_path_factory.mktemp("ray") / "log"
     with open(log, "w") as log_file, pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deploy.ray_cluster", "1", "1", "1", "1"],
+            [sys.executable, "-m", "tests.deploy.ray_cluster", "1", "1", "1"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -109,6 +109,6 @@ def deployment(
 ) -> Iterator[ServerProcess]:
     """`jaxserve deploy` with three replicas."""
     log = tmp_path_factory.mktemp("deployment") / "log"
-    flags = ("--ray-address", ray_cluster.address, "--health-check-period-s", "1")
+    flags = ("--ray-address", ray_cluster.address, "--health-check-period-s", "1", "--max-load-difference", "8")
     with ServerProcess(log, str(launch_file), *flags, subcommand="deploy") as running:
         yield running
