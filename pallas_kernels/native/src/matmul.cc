@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "dot.h"
+#include "matmul_tiles.h"
 #include "parallel.h"
 
 namespace jaxserve {
@@ -101,8 +102,14 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
   if (w.element_type() == ffi::F32) {
     multiply(pool, x.typed_data(), w.typed_data<float>(), y->typed_data(), rows, depth, columns);
   } else {
-    multiply(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), rows, depth,
-             columns);
+    const auto* weights = static_cast<const uint16_t*>(w.untyped_data());
+#if JAXSERVE_TILES
+    if (tiles_allowed()) {
+      multiply_tiles(pool, x.typed_data(), weights, y->typed_data(), rows, depth, columns);
+      return ffi::Error::Success();
+    }
+#endif
+    multiply(pool, x.typed_data(), weights, y->typed_data(), rows, depth, columns);
   }
   return ffi::Error::Success();
 }
