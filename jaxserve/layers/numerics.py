@@ -22,10 +22,13 @@ class Numerics:
     weights: DTypeLike = jnp.float32
     activations: DTypeLike = jnp.float32
     products: MatmulImplementation = "xla"
+    gated: DTypeLike = jnp.float32  # of what a gated product gives to the next one, which rounds it in any case
 
     @classmethod
     def for_platform(cls, platform: str, weights: DTypeLike, *, native: bool = False) -> Numerics:
         """The dtypes for "cpu", "gpu" or "tpu"; `native`: whether a CPU runs its products in C++."""
         if platform != "cpu":
-            return cls(weights=weights, activations=weights)
-        return cls(weights=weights, activations=jnp.float32, products="native_cpu" if native else "xla_cpu")
+            return cls(weights=weights, activations=weights, gated=weights)
+        if native:
+            return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu")
+        return cls(weights=weights, activations=jnp.float32, products="xla_cpu")

@@ -1,5 +1,6 @@
 """Matrix products of a step's tokens with a checkpoint's weights."""
 
+from pallas_kernels.matmul.norm import rms_norm
 from pallas_kernels.matmul.op import matmul
 
-__all__ = ["matmul"]
+__all__ = ["matmul", "rms_norm"]

@@ -12,7 +12,7 @@ FUNCTIONS = ("matmul", "paged_attention", "rotate_and_write")
 
 
 @functools.cache
-def load() -> None:
+def load() -> ctypes.CDLL:
     """Compiles the library where needed, and makes its functions known to XLA; `UnavailableError` if it cannot."""
     path = build()
     try:
@@ -22,6 +22,13 @@ def load() -> None:
     for name in FUNCTIONS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxserve_{name}"))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
+    return library
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this processor has matrix tiles (AMX) for bfloat16, and the system lets this process use them."""
+    return bool(load().jaxserve_has_tiles())
 
 
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:

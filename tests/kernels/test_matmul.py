@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import native
 from pallas_kernels.matmul import matmul
 from pallas_kernels.matmul.cases import CASES
+from pallas_kernels.matmul.native_cpu import MAX_TOKENS
 from pallas_kernels.matmul.reference import matmul_reference
 
 IMPLEMENTATIONS = ("xla", "xla_cpu", "native_cpu")
@@ -29,18 +31,63 @@ def test_agrees_with_the_reference(case, implementation):
     np.testing.assert_allclose(np.asarray(y), expected, rtol=1e-5, atol=1e-6 * case.in_features)
 
 
+def everything_around(case, x, weight, norm, residual, out_dtype, implementation):
+    """Norm, gate and residual as `case` names them."""
+    return matmul(
+        x,
+        weight if "gate" in case else weight.reshape(-1, weight.shape[-1]),
+        out_dtype=out_dtype,
+        implementation=implementation,
+        norm=norm if "norm" in case else None,
+        epsilon=1e-5,
+        residual=residual[:, : weight.shape[1] if "gate" in case else None] if "residual" in case else None,
+    )
+
+
+AROUND = ("plain", "norm", "gate", "residual", "norm gate", "norm residual", "norm gate residual")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tokens", [1, 20, 70])
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_gets_the_same_bits_alone_and_in_a_batch(dtype):
+def test_what_stands_around_a_product_agrees_with_the_reference(dtype, around, tokens, implementation):
+    rng = np.random.default_rng(2)
+    x, residual = (rng.standard_normal((tokens, width)).astype(np.float32) for width in (96, 2 * 83))
+    norm = jnp.asarray(rng.standard_normal(96), dtype)
+    weight = jnp.asarray(rng.standard_normal((2, 83, 96)) / 8, dtype)
+    y = everything_around(around, jnp.asarray(x), weight, norm, jnp.asarray(residual), jnp.float32, implementation)
+    if "norm" in around:
+        x = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-5) * np.asarray(norm, np.float64)
+    rounded = np.asarray(jnp.asarray(x, jnp.float32).astype(dtype).astype(jnp.float32))
+    expected = matmul_reference(rounded, np.asarray(weight.astype(jnp.float32)).reshape(-1, 96))
+    if "gate" in around:
+        gate, up = np.split(expected, 2, axis=1)
+        expected = gate / (1 + np.exp(-gate)) * up
+    if "residual" in around:
+        expected = expected + residual[:, : expected.shape[1]]
+    loose = 2e-2 if dtype == "bfloat16" and "norm" in around else 1e-4  # a norm's last bit may round x elsewhere
+    np.testing.assert_allclose(np.asarray(y), expected, rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("depth", "width"), [(576, 100), (160, 64), (72, 48), (64, 19)])
+def test_a_row_gets_the_same_bits_alone_and_in_a_batch(depth, width, dtype, around):
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((64, 576)), jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((100, 576)), jnp.float32).astype(dtype)
+    num_tokens = 150 if dtype == "bfloat16" and native.has_tiles() else MAX_TOKENS
+    x, residual = (jnp.asarray(rng.standard_normal((num_tokens, size)), jnp.float32) for size in (depth, 2 * width))
+    weight = jnp.asarray(rng.standard_normal((2, width, depth)), dtype)
+    norm = jnp.asarray(rng.standard_normal(depth), dtype)
 
-    def native(rows):
-        return np.asarray(matmul(rows, weight, out_dtype=jnp.float32, implementation="native_cpu"))
+    def product(start, stop):
+        rows = slice(start, stop)
+        y = everything_around(around, x[rows], weight, norm, residual[rows], jnp.dtype(dtype), "native_cpu")
+        return np.asarray(y.astype(jnp.float32))
 
-    together = native(x)
-    for start, stop in ((0, 1), (5, 7), (40, 64)):
-        np.testing.assert_array_equal(native(x[start:stop]), together[start:stop])
+    together = product(0, num_tokens)
+    for start, stop in ((0, 1), (5, 7), (20, 37), (0, 64), (num_tokens - 1, num_tokens), (30, num_tokens)):
+        np.testing.assert_array_equal(product(start, stop), together[start:stop])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

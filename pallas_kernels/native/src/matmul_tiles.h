@@ -10,114 +10,174 @@
 #include <vector>
 
 #include "parallel.h"
+#include "product.h"
 #include "tiles.h"
 
 #if JAXSERVE_TILES
 namespace jaxserve {
 
-constexpr int64_t kPair = 2 * kTile;        // rows and columns of multiply_2x2
-constexpr int64_t kFewRows = 64;            // of x
-constexpr int64_t kTileItems = 3;           // a thread, where the columns suffice
-constexpr int64_t kMostTileColumns = 512;   // of an item
+constexpr int64_t kPair = 2 * kTile;       // rows and columns of multiply_2x2
+constexpr int64_t kFewRows = 64;           // of x
+constexpr int64_t kTileItems = 3;          // a thread, where the columns suffice
+constexpr int64_t kMostTileColumns = 512;  // of an item
 
-// Packs up to 32 rows of x or w for multiply_2x2: two tiles a step, or one if `Columns` is 16. Depths and rows past the
-// end are zeros.
-template <int64_t Columns, class T>
-inline void pack_panel(const T* rows, int64_t stride, int64_t count, int64_t depth, uint16_t* panel) {
-  constexpr int64_t tiles = Columns / kTile;
+// Room for bfloat16 values that starts with a cache line; grows, and stays the thread's.
+class Room {
+ public:
+  uint16_t* of(int64_t values) {
+    values_.resize(values + kDeep);
+    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(values_.data()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<uint16_t> values_;
+};
+
+// Packs up to `Columns` rows of x or w: one tile or two a step. Depths and rows past the end are zeros.
+template <int64_t Columns>
+inline void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint16_t* panel) {
   for (int64_t at = 0; at < depth; at += kDeep) {
-    for (int64_t tile = 0; tile < tiles; ++tile, panel += kTileValues) {
-      const int64_t left = std::clamp<int64_t>(count - tile * kTile, 0, kTile), first = tile * kTile;
+    for (int64_t first = 0; first < Columns; first += kTile, panel += kTileValues) {
+      const int64_t left = std::clamp<int64_t>(count - first, 0, kTile);
       if (at + kDeep <= depth) {
         pack_tile(rows + first * stride + at, stride, left, panel);
       } else {
-        T rest[kTile * kDeep] = {};
+        uint16_t rest[kTile * kDeep] = {};
         for (int64_t i = 0; i < left; ++i)
-          std::memcpy(rest + i * kDeep, rows + (first + i) * stride + at, (depth - at) * sizeof(T));
+          std::memcpy(rest + i * kDeep, rows + (first + i) * stride + at, (depth - at) * sizeof(uint16_t));
         pack_tile(rest, kDeep, left, panel);
       }
     }
   }
 }
 
-// Up to 16 rows of y from as many columns of c [16, ..].
-inline void store_transposed(const float* c, int64_t c_stride, int64_t count, float* y, int64_t y_stride) {
-  __m512i r[kTile];
-  for (int64_t i = 0; i < kTile; ++i) r[i] = load<__m512i>(c + i * c_stride);
-  transpose(r);
-  for (int64_t i = 0; i < count; ++i) store(y + i * y_stride, r[i]);
+// A row of x in bfloat16, normalised where it shall be, with zeros up to a whole step.
+template <class T>
+inline void round_row(const Product& product, const T* x, uint16_t* to) {
+  int64_t at = 0;
+  if constexpr (std::is_same_v<T, float>) {
+    static thread_local std::vector<float> room;
+    room.resize(product.depth);
+    const float* from = floats_of(product, x, room.data());
+    for (; at + kDeep <= product.depth; at += kDeep) store(to + at, round_to_halves(from + at));
+    for (; at < product.depth; ++at) to[at] = round_to_bf16(from[at]);
+  } else {
+    std::memcpy(to, x, product.depth * sizeof(T));
+    at = product.depth;
+  }
+  for (; at % kDeep; ++at) to[at] = 0;
 }
 
-// Columns [first, last) of y for few rows; `packed` holds blocks of Columns rows of x. The whole of y has at least Tall
-// columns: where fewer are left, some are computed again.
-template <int64_t Columns>
-void multiply_few(const uint16_t* packed, const uint16_t* w, float* y, int64_t rows, int64_t depth, int64_t columns,
-                  int64_t first, int64_t last) {
+// Up to 16 rows of y from as many columns of c and `ups` [16, ..].
+template <class Y>
+inline void finish_columns(const Product& product, int64_t row, int64_t count, int64_t column, const float* c,
+                           const float* ups, int64_t c_stride, Y* y) {
+  __m512i r[kTile];
+  for (int64_t i = 0; i < kTile; ++i) {
+    Vec value = load<Vec>(c + i * c_stride);
+    if (product.gated) value = silu_times(value, load<Vec>(ups + i * c_stride));
+    r[i] = bits_as<__m512i>(value);
+  }
+  transpose(r);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = (row + i) * product.columns + column;
+    Vec value = bits_as<Vec>(r[i]);
+    if (product.residual) value += load<Vec>(product.residual + at);
+    store_floats(y + at, value);
+  }
+}
+
+// Columns [first, last) of y for few rows; `packed` holds blocks of Columns rows of x. Items have at least Tall columns:
+// where fewer are left, some are computed again.
+template <int64_t Columns, class Y>
+void multiply_few(const Product& product, const uint16_t* packed, const uint16_t* w, int64_t first, int64_t last,
+                  Y* y) {
   constexpr int64_t tall = Columns == kTile ? 4 * kTile : kPair;
-  const int64_t steps = depth / kDeep, block = steps * kDeep * Columns;
+  const int64_t depth = product.depth, steps = depth / kDeep, block = depth * Columns;
+  const uint16_t* const end = w + (product.gated ? 2 : 1) * product.columns * depth;
   const Tiles tiles;
-  alignas(64) float c[tall * Columns];
-  for (int64_t column = first; column < last; column += tall) {
-    const int64_t at = std::min(column, columns - tall);
-    const char* ahead = reinterpret_cast<const char*>(w + (at + tall) * depth);
-    for (int64_t row = 0; row < rows; row += Columns) {
-      const int64_t lines = row == 0 && at + 2 * tall <= last ? tall : 0;  // a line a row of w and a step
-      const uint16_t* x = packed + row / Columns * block;
-      if constexpr (Columns == kTile) {
-        multiply_tall<4>(w + at * depth, depth, x, steps, c, Columns, ahead, lines);
-      } else {
-        multiply_2x2(w + at * depth, depth, x, steps, c, Columns, ahead, lines);
-      }
-      for (int64_t i = 0; i < Columns && row + i < rows; i += kTile)
-        for (int64_t j = 0; j < tall; j += kTile)
-          store_transposed(c + j * Columns + i, Columns, std::min(kTile, rows - row - i),
-                           y + (row + i) * columns + at + j, columns);
+  alignas(64) float sums[tall * Columns], ups[tall * Columns];
+  auto multiply = [&](const uint16_t* x, const uint16_t* weights, bool fetches, float* c) {
+    const uint16_t* ahead = weights + tall * depth;
+    const int64_t lines = fetches && ahead + tall * depth <= end ? tall : 0;  // a line a row of w and a step
+    if constexpr (Columns == kTile) {
+      multiply_tall(weights, depth, x, steps, c, Columns, ahead, lines);
+    } else {
+      multiply_2x2(weights, depth, x, steps, c, Columns, ahead, lines);
     }
+  };
+  int64_t done = first;  // columns that are finished: with a residual in place, none may be finished twice
+  for (int64_t column = first; column < last; column += tall) {
+    const int64_t at = std::min(column, last - tall);
+    for (int64_t row = 0; row < product.rows; row += Columns) {
+      const uint16_t* x = packed + row / Columns * block;
+      multiply(x, w + at * depth, row == 0, sums);
+      if (product.gated) multiply(x, w + (product.columns + at) * depth, row == 0, ups);
+      for (int64_t i = 0; i < Columns && row + i < product.rows; i += kTile) {
+        for (int64_t j = 0; j < tall; j += kTile) {
+          const int64_t count = std::min(kTile, product.rows - row - i);
+          const float *c = sums + j * Columns + i, *u = ups + j * Columns + i;
+          if (at + j >= done) {
+            finish_columns(product, row + i, count, at + j, c, u, Columns, y);
+          } else {
+            for (int64_t k = std::max<int64_t>(0, done - at - j); k < kTile; ++k)
+              for (int64_t r = 0; r < count; ++r)
+                finish_row(product, row + i + r, at + j + k, c + k * Columns + r, u + k * Columns + r, 1, y);
+          }
+        }
+      }
+    }
+    done = at + tall;
   }
 }
 
 // Columns [first, first + 32) of y for all rows; x [rows padded to 32, stride] is bfloat16.
-inline void multiply_many(const uint16_t* x, int64_t stride, const uint16_t* w, float* y, int64_t rows, int64_t depth,
-                          int64_t columns, int64_t first) {
-  static thread_local std::vector<uint16_t> room;
-  const int64_t steps = (depth + kDeep - 1) / kDeep, width = std::min(kPair, columns - first);
-  room.resize(steps * 2 * kTileValues + kDeep);
-  uint16_t* panel = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+template <class Y>
+void multiply_many(const Product& product, const uint16_t* x, int64_t stride, const uint16_t* w, int64_t first, Y* y) {
+  static thread_local Room room;
+  const int64_t depth = product.depth, steps = stride / kDeep, width = std::min(kPair, product.columns - first);
+  uint16_t* const panel = room.of(2 * kPair * stride);
+  uint16_t* const up_panel = panel + kPair * stride;
   pack_panel<kPair>(w + first * depth, depth, width, depth, panel);
+  if (product.gated) pack_panel<kPair>(w + (product.columns + first) * depth, depth, width, depth, up_panel);
+  const bool is_plain = std::is_same_v<Y, float> && !product.gated && !product.residual && width == kPair;
   const Tiles tiles;
-  alignas(64) float c[kPair * kPair];
-  for (int64_t row = 0; row < rows; row += kPair) {
-    float* to = y + row * columns + first;
-    if (width == kPair && row + kPair <= rows) {
-      multiply_2x2(x + row * stride, stride, panel, steps, to, columns);
-    } else {
-      multiply_2x2(x + row * stride, stride, panel, steps, c, kPair);
-      for (int64_t i = 0; i < std::min(kPair, rows - row); ++i)
-        std::memcpy(to + i * columns, c + i * kPair, width * sizeof(float));
+  alignas(64) float sums[kPair * kPair], ups[kPair * kPair];
+  for (int64_t row = 0; row < product.rows; row += kPair) {
+    const uint16_t* from = x + row * stride;
+    if constexpr (std::is_same_v<Y, float>) {
+      if (is_plain && row + kPair <= product.rows) {
+        multiply_2x2(from, stride, panel, steps, y + row * product.columns + first, product.columns);
+        continue;
+      }
     }
+    multiply_2x2(from, stride, panel, steps, sums, kPair);
+    if (product.gated) multiply_2x2(from, stride, up_panel, steps, ups, kPair);
+    for (int64_t i = 0; i < std::min(kPair, product.rows - row); ++i)
+      finish_row(product, row + i, first, sums + i * kPair, ups + i * kPair, width, y);
   }
 }
 
-template <class T>
-void multiply_tiles(xla::ffi::ThreadPool& pool, const T* x, const uint16_t* w, float* y, int64_t rows, int64_t depth,
-                    int64_t columns) {
+template <class T, class Y>
+void multiply_tiles(xla::ffi::ThreadPool& pool, const Product& product, const T* x, const uint16_t* w, Y* y) {
+  const int64_t rows = product.rows, depth = product.depth, columns = product.columns;
   const int64_t stride = (depth + kDeep - 1) / kDeep * kDeep;
-  static thread_local std::vector<uint16_t> room;
-  room.resize((rows + kPair - 1) / kPair * kPair * stride + kDeep);
-  uint16_t* const prepared = reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(room.data()) + 63) / 64 * 64);
+  static thread_local Room room;
+  uint16_t* const prepared = room.of((rows + kPair - 1) / kPair * kPair * stride);
   const bool few = rows <= kFewRows && depth == stride && columns >= 4 * kTile;
   const bool one = few && rows <= kTile;
-  const int64_t block = one ? kTile : kPair, blocks = (rows + block - 1) / block;
-  parallel_for(pool, blocks, [&](int64_t i) {
-    const T* from = x + i * block * depth;
-    uint16_t* to = prepared + i * block * stride;
+  const int64_t block = one ? kTile : kPair;
+  parallel_for(pool, (rows + block - 1) / block, [&](int64_t i) {
+    static thread_local Room rounded;
     const int64_t count = std::min(block, rows - i * block);
+    uint16_t* const to = prepared + i * block * stride;
+    uint16_t* const plain = few ? rounded.of(block * stride) : to;
+    for (int64_t r = 0; r < count; ++r) round_row(product, x + (i * block + r) * depth, plain + r * stride);
     if (one) {
-      pack_panel<kTile>(from, depth, count, depth, to);
+      pack_panel<kTile>(plain, stride, count, depth, to);
     } else if (few) {
-      pack_panel<kPair>(from, depth, count, depth, to);
+      pack_panel<kPair>(plain, stride, count, depth, to);
     } else {
-      for (int64_t r = 0; r < count; ++r) round_row(from + r * depth, depth, to + r * stride);
       std::memset(to + count * stride, 0, (block - count) * stride * sizeof(uint16_t));
     }
   });
@@ -128,11 +188,11 @@ void multiply_tiles(xla::ffi::ThreadPool& pool, const T* x, const uint16_t* w, f
   parallel_for(pool, items, [&](int64_t i) {
     const int64_t first = i * each, last = i + 1 < items ? first + each : columns;
     if (one) {
-      multiply_few<kTile>(prepared, w, y, rows, depth, columns, first, last);
+      multiply_few<kTile>(product, prepared, w, first, last, y);
     } else if (few) {
-      multiply_few<kPair>(prepared, w, y, rows, depth, columns, first, last);
+      multiply_few<kPair>(product, prepared, w, first, last, y);
     } else {
-      multiply_many(prepared, stride, w, y, rows, depth, columns, first);
+      multiply_many(product, prepared, stride, w, first, y);
     }
   });
 }

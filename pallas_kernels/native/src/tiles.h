@@ -56,7 +56,7 @@ class Tiles {
 // c [32, 32] = a [32, depth] . b [depth, 32] for `steps` of kDeep; b holds two tiles a step. Strides in values. Asks for
 // `lines` cache lines a step from `ahead` on.
 inline void multiply_2x2(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t steps, float* c,
-                         int64_t c_stride, const char* ahead = nullptr, int64_t lines = 0) {
+                         int64_t c_stride, const uint16_t* ahead = nullptr, int64_t lines = 0) {
   const int64_t row = a_stride * sizeof(uint16_t), to = c_stride * sizeof(float);
   const uint16_t* a_low = a + kTile * a_stride;
   TILE_ZERO(0);
@@ -75,7 +75,7 @@ inline void multiply_2x2(const uint16_t* a, int64_t a_stride, const uint16_t* b,
     a += kDeep;
     a_low += kDeep;
     b += 2 * kTileValues;
-    for (int64_t i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    for (int64_t i = 0; i < lines; ++i, ahead += kDeep) __builtin_prefetch(ahead, 0, 2);
   }
   TILE_STORE(0, c, to);
   TILE_STORE(1, c + kTile, to);
@@ -83,10 +83,9 @@ inline void multiply_2x2(const uint16_t* a, int64_t a_stride, const uint16_t* b,
   TILE_STORE(3, c + kTile * c_stride + kTile, to);
 }
 
-// c [16 * Count, 16] = a [16 * Count, depth] . b [depth, 16], Count up to 4; b holds one tile a step.
-template <int Count>
+// c [64, 16] = a [64, depth] . b [depth, 16]; b holds one tile a step.
 inline void multiply_tall(const uint16_t* a, int64_t a_stride, const uint16_t* b, int64_t steps, float* c,
-                          int64_t c_stride, const char* ahead = nullptr, int64_t lines = 0) {
+                          int64_t c_stride, const uint16_t* ahead, int64_t lines) {
   const int64_t row = a_stride * sizeof(uint16_t), to = c_stride * sizeof(float), next = kTile * a_stride;
   TILE_ZERO(0);
   TILE_ZERO(1);
@@ -96,26 +95,20 @@ inline void multiply_tall(const uint16_t* a, int64_t a_stride, const uint16_t* b
     TILE_LOAD(6, b, 64);
     TILE_LOAD(4, a, row);
     TILE_MULTIPLY(0, 4, 6);
-    if constexpr (Count > 1) {
-      TILE_LOAD(5, a + next, row);
-      TILE_MULTIPLY(1, 5, 6);
-    }
-    if constexpr (Count > 2) {
-      TILE_LOAD(4, a + 2 * next, row);
-      TILE_MULTIPLY(2, 4, 6);
-    }
-    if constexpr (Count > 3) {
-      TILE_LOAD(5, a + 3 * next, row);
-      TILE_MULTIPLY(3, 5, 6);
-    }
+    TILE_LOAD(5, a + next, row);
+    TILE_MULTIPLY(1, 5, 6);
+    TILE_LOAD(4, a + 2 * next, row);
+    TILE_MULTIPLY(2, 4, 6);
+    TILE_LOAD(5, a + 3 * next, row);
+    TILE_MULTIPLY(3, 5, 6);
     a += kDeep;
     b += kTileValues;
-    for (int64_t i = 0; i < lines; ++i, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+    for (int64_t i = 0; i < lines; ++i, ahead += kDeep) __builtin_prefetch(ahead, 0, 2);
   }
   TILE_STORE(0, c, to);
-  if constexpr (Count > 1) TILE_STORE(1, c + kTile * c_stride, to);
-  if constexpr (Count > 2) TILE_STORE(2, c + 2 * kTile * c_stride, to);
-  if constexpr (Count > 3) TILE_STORE(3, c + 3 * kTile * c_stride, to);
+  TILE_STORE(1, c + kTile * c_stride, to);
+  TILE_STORE(2, c + 2 * kTile * c_stride, to);
+  TILE_STORE(3, c + 3 * kTile * c_stride, to);
 }
 
 #undef TILE_ZERO
@@ -151,30 +144,16 @@ inline void transpose(__m512i* r) {
 }
 
 // 32 values as bfloat16.
-inline __m512i load_halves(const uint16_t* p) { return load<__m512i>(p); }
-inline __m512i load_halves(const float* p) {
+inline __m512i round_to_halves(const float* p) {
   return bits_as<__m512i>(_mm512_cvtne2ps_pbh(load<__m512>(p + kLanes), load<__m512>(p)));
 }
 
 // Packs `count` (up to 16) rows of 32 values from `rows` as a tile of B: each row becomes a column, those missing zeros.
-template <class T>
-inline void pack_tile(const T* rows, int64_t stride, int64_t count, uint16_t* tile) {
+inline void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, uint16_t* tile) {
   __m512i r[kTile];
-  for (int64_t i = 0; i < kTile; ++i) r[i] = i < count ? load_halves(rows + i * stride) : _mm512_setzero_si512();
+  for (int64_t i = 0; i < kTile; ++i) r[i] = i < count ? load<__m512i>(rows + i * stride) : _mm512_setzero_si512();
   transpose(r);
   for (int64_t i = 0; i < kTile; ++i) store(tile + i * kDeep, r[i]);
-}
-
-// A row as bfloat16, with zeros up to a whole step.
-template <class T>
-inline void round_row(const T* from, int64_t depth, uint16_t* to) {
-  int64_t at = 0;
-  for (; at + kDeep <= depth; at += kDeep) store(to + at, load_halves(from + at));
-  if (at < depth) {
-    T rest[kDeep] = {};
-    std::memcpy(rest, from + at, (depth - at) * sizeof(T));
-    store(to + at, load_halves(rest));
-  }
 }
 
 }  // namespace jaxserve
