@@ -24,6 +24,7 @@ def product(
     *,
     norm: RMSNorm | None = None,
     residual: Float[Array, "tokens hidden"] | None = None,
+    panels: bool = False,
 ) -> Float[Array, "tokens ..."]:
     """`norm(x) @ weight.T + residual` over the last axis of x and weight, accumulated in float32.
 
@@ -35,6 +36,7 @@ def product(
         out_dtype=out_dtype,
         implementation=numerics.products,
         residual=residual,
+        panels=panels,
         **_norm_settings(norm),
     )
     return y.reshape(x.shape[0], *weight.shape[:-1])
@@ -48,7 +50,14 @@ def gated_product(
     norm: RMSNorm | None = None,
 ) -> Float[Array, "tokens out_features"]:
     """`silu(norm(x) @ weight[0].T) * (norm(x) @ weight[1].T)`."""
-    return matmul(x, weight, out_dtype=numerics.gated, implementation=numerics.products, **_norm_settings(norm))
+    return matmul(
+        x,
+        weight,
+        out_dtype=numerics.gated,
+        implementation=numerics.products,
+        panels=numerics.panels,
+        **_norm_settings(norm),
+    )
 
 
 def _norm_settings(norm: RMSNorm | None) -> dict[str, Any]:
@@ -67,8 +76,11 @@ class Linear(nnx.Module):
         axes: tuple[str | None, ...],
         numerics: Numerics,
         bias: bool = False,
+        matrix_axes: int | None = None,
     ) -> None:
-        self.weight = parameter((*out_shape, in_features), axes, numerics.weights)
+        """`matrix_axes`: how many last axes of the weight one product takes, where not all of them."""
+        panels = (matrix_axes or len(axes)) if numerics.panels else None
+        self.weight = parameter((*out_shape, in_features), axes, numerics.weights, matrix_axes=panels)
         self.bias = parameter(out_shape, axes[:-1], numerics.weights) if bias else None
         self.numerics = numerics
 
@@ -81,7 +93,15 @@ class Linear(nnx.Module):
     ) -> Float[Array, "tokens ..."]:
         """`norm` is applied to x first, `residual` added last: fused with the product where its kernel can."""
         numerics = self.numerics
-        y = product(x, self.weight[...], numerics, numerics.activations, norm=norm, residual=residual)
+        y = product(
+            x,
+            self.weight[...],
+            numerics,
+            numerics.activations,
+            norm=norm,
+            residual=residual,
+            panels=numerics.panels,
+        )
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -12,7 +12,9 @@ from jaxserve.layers.numerics import Numerics
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))` of the normalised residual stream, added to it; gate and up are one product, laid out so that the mesh splits both alike.
+    """`down(silu(gate(x)) * up(x))` of the normalised residual stream, which it is added to.
+
+    Gate and up are one product, laid out so that the mesh splits both alike.
 
     # gate_up.weight [shards, 2, ffn / shards, hidden]: each shard holds its share of gate, then of up
     """
@@ -26,6 +28,7 @@ class GatedMLP(nnx.Module):
             axes=("shards", None, None, None),
             numerics=numerics,
             bias=bias,
+            matrix_axes=None if bias or num_shards > 1 else 2,
         )
         self.numerics = numerics
         self.down = Linear(ffn_size, (hidden_size,), axes=(None, "ffn"), numerics=numerics, bias=bias)

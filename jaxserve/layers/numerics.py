@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul.op import MatmulImplementation
+from pallas_kernels.native import has_panels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +24,7 @@ class Numerics:
     activations: DTypeLike = jnp.float32
     products: MatmulImplementation = "xla"
     gated: DTypeLike = jnp.float32  # of what a gated product gives to the next one, which rounds it in any case
+    panels: bool = False  # whether weights of linear layers lie in panels, see `to_panels`
 
     @classmethod
     def for_platform(cls, platform: str, weights: DTypeLike, *, native: bool = False) -> Numerics:
@@ -30,5 +32,6 @@ class Numerics:
         if platform != "cpu":
             return cls(weights=weights, activations=weights, gated=weights)
         if native:
-            return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu")
+            panels = jnp.dtype(weights) == jnp.float32 and has_panels()
+            return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu", panels=panels)
         return cls(weights=weights, activations=jnp.float32, products="xla_cpu")

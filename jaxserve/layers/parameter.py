@@ -7,6 +7,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 
-def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
-    """A parameter without a value: its shape, dtype and logical axes, filled when the checkpoint is read."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
+def parameter(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike, *, matrix_axes: int | None = None
+) -> nnx.Param:
+    """A parameter without a value: its shape, dtype and logical axes, filled when the checkpoint is read.
+
+    `matrix_axes`: its values lie in panels of matrices (`to_panels`), each of so many last axes.
+    """
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes, matrix_axes=matrix_axes)

@@ -110,7 +110,7 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
         checkpoint = DummyCheckpoint(files.hf_config, shapes, dtype=files.dtype, seed=files.seed)
 
     def place(name: str, value: np.ndarray) -> jax.Array:
-        return jax.device_put(value, sharding(graph.mesh, graph.axes(name)))
+        return jax.device_put(graph.laid_out(name, value), sharding(graph.mesh, graph.axes(name)))
 
     return load_params(
         checkpoint,

@@ -21,6 +21,19 @@ def matmul_native_cpu(
     on_tiles = weight.dtype == jnp.bfloat16 and native.has_tiles()
     if x.shape[0] > MAX_TOKENS and not on_tiles:
         return matmul_xla_cpu(x, weight, jnp.float32, around).astype(out_dtype)
+    return _call(x, weight, out_dtype, around, panels=False)
+
+
+def matmul_panels(x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings) -> jax.Array:
+    """The same with a float32 weight in panels, of any number of tokens."""
+    if weight.dtype != jnp.float32 or not native.has_panels():
+        raise NotImplementedError(f"panels want float32 weights and AVX-512, got {weight.dtype}")
+    return _call(x, weight, out_dtype, around, panels=True)
+
+
+def _call(
+    x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings, *, panels: bool
+) -> jax.Array:
     nothing = jnp.zeros(0, jnp.float32)
     residual = nothing if around.residual is None else around.residual.astype(jnp.float32)
     narrow = weight.dtype == jnp.bfloat16
@@ -36,5 +49,6 @@ def matmul_native_cpu(
         residual,
         aliases=None if around.residual is None else {3: 0},
         epsilon=np.float32(around.epsilon),
+        panels=panels,
     )
     return y.astype(out_dtype)

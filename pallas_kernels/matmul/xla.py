@@ -8,16 +8,12 @@ from pallas_kernels.matmul.surroundings import Surroundings
 _MAX_WEIGHT_FIRST = 64  # tokens
 
 
-def matmul_xla(
-    x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings
-) -> jax.Array:
+def matmul_xla(x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings) -> jax.Array:
     """[tokens, out_features] in out_dtype."""
     return around.surround(lambda x, weight: _product(x, weight, out_dtype), x, weight)
 
 
-def matmul_xla_cpu(
-    x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings
-) -> jax.Array:
+def matmul_xla_cpu(x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings) -> jax.Array:
     """The same; float32 products of few tokens have the weight on the left.
 
     XLA:CPU repacks the right-hand side of a float32 product at every call. With few tokens the weight is far the

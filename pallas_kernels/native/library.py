@@ -31,6 +31,12 @@ def has_tiles() -> bool:
     return bool(load().jaxserve_has_tiles())
 
 
+@functools.cache
+def has_panels() -> bool:
+    """Whether `matmul` takes float32 weights in panels on this processor."""
+    return bool(load().jaxserve_has_panels())
+
+
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:
     """Calls one of `FUNCTIONS` inside a traced computation; `aliases`: which argument each result lies in."""
     load()

@@ -1,14 +1,43 @@
 // Products of a step's tokens with a checkpoint's weights, [out, in], with what stands before and behind them in a model.
 #include "matmul_dots.h"
+#include "matmul_panels.h"
 #include "matmul_tiles.h"
 
 namespace jaxserve {
+
+// Whether products of bfloat16 weights run on tiles, on this machine as it is now.
+extern "C" int jaxserve_has_tiles() {
+#if JAXSERVE_TILES
+  return tiles_allowed();
+#else
+  return 0;
+#endif
+}
+
+// Whether float32 weights may lie in panels.
+extern "C" int jaxserve_has_panels() {
+#if JAXSERVE_PANELS
+  return 1;
+#else
+  return 0;
+#endif
+}
+
 namespace {
 
 namespace ffi = xla::ffi;
 
 template <class T, class W, class Y>
-void multiply(ffi::ThreadPool& pool, const Product& product, const void* x, const void* w, void* y) {
+void multiply(ffi::ThreadPool& pool, const Product& product, const void* x, const void* w, void* y,
+              [[maybe_unused]] bool in_panels = false) {
+#if JAXSERVE_PANELS
+  if constexpr (std::is_same_v<W, float>) {
+    if (in_panels) {
+      multiply_panels(pool, product, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<Y*>(y));
+      return;
+    }
+  }
+#endif
 #if JAXSERVE_TILES
   if constexpr (!std::is_same_v<W, float>) {
     if (tiles_allowed()) {
@@ -21,7 +50,7 @@ void multiply(ffi::ThreadPool& pool, const Product& product, const void* x, cons
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer norm,
-                  ffi::Buffer<ffi::F32> residual, ffi::Result<ffi::AnyBuffer> y, float epsilon) {
+                  ffi::Buffer<ffi::F32> residual, ffi::Result<ffi::AnyBuffer> y, float epsilon, bool panels) {
   const bool gated = w.dimensions().size() == 3;
   std::vector<float> wide_norm;
   const float* norm_values = nullptr;
@@ -45,9 +74,11 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const void *const from = x.untyped_data(), *const weights = w.untyped_data();
   void* const to = y->untyped_data();
   if (product.norm && !wide_x) return ffi::Error::InvalidArgument("matmul: rows to be normalised must be float32");
+  if (panels && (!jaxserve_has_panels() || w.element_type() != ffi::F32))
+    return ffi::Error::InvalidArgument("matmul: panels are for float32 weights on a processor with AVX-512");
   if (w.element_type() == ffi::F32) {
     if (!wide_x || !wide_y) return ffi::Error::InvalidArgument("matmul: float32 weights want and give float32");
-    multiply<float, float, float>(pool, product, from, weights, to);
+    multiply<float, float, float>(pool, product, from, weights, to, panels);
   } else if (wide_x && wide_y) {
     multiply<float, uint16_t, float>(pool, product, from, weights, to);
   } else if (wide_x) {
@@ -62,15 +93,6 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
 
 }  // namespace
 
-// Whether products of bfloat16 weights run on tiles, on this machine as it is now.
-extern "C" int jaxserve_has_tiles() {
-#if JAXSERVE_TILES
-  return tiles_allowed();
-#else
-  return 0;
-#endif
-}
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_matmul, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -79,6 +101,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_matmul, Matmul,
                                   .Arg<ffi::AnyBuffer>()           // norm [depth], float32 or bfloat16, or [0]
                                   .Arg<ffi::Buffer<ffi::F32>>()    // residual [rows, columns], or [0]
                                   .Ret<ffi::AnyBuffer>()           // y [rows, columns]
-                                  .Attr<float>("epsilon"));
+                                  .Attr<float>("epsilon")
+                                  .Attr<bool>("panels"));          // how w lies: see matmul_panels.h
 
 }  // namespace jaxserve
