@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -48,6 +47,7 @@ def gated_product(
     numerics: Numerics,
     *,
     norm: RMSNorm | None = None,
+    panels: bool = False,
 ) -> Float[Array, "tokens out_features"]:
     """`silu(norm(x) @ weight[0].T) * (norm(x) @ weight[1].T)`."""
     return matmul(
@@ -55,7 +55,7 @@ def gated_product(
         weight,
         out_dtype=numerics.gated,
         implementation=numerics.products,
-        panels=numerics.panels,
+        panels=panels,
         **_norm_settings(norm),
     )
 
@@ -79,7 +79,8 @@ class Linear(nnx.Module):
         matrix_axes: int | None = None,
     ) -> None:
         """`matrix_axes`: how many last axes of the weight one product takes, where not all of them."""
-        panels = (matrix_axes or len(axes)) if numerics.panels else None
+        self.panels = numerics.panels and in_features % 2 == 0
+        panels = (matrix_axes or len(axes)) if self.panels else None
         self.weight = parameter((*out_shape, in_features), axes, numerics.weights, matrix_axes=panels)
         self.bias = parameter(out_shape, axes[:-1], numerics.weights) if bias else None
         self.numerics = numerics
@@ -100,7 +101,7 @@ class Linear(nnx.Module):
             numerics.activations,
             norm=norm,
             residual=residual,
-            panels=numerics.panels,
+            panels=self.panels,
         )
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 

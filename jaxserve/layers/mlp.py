@@ -36,7 +36,7 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "tokens hidden"], *, norm: RMSNorm) -> Float[Array, "tokens hidden"]:
         """`x + mlp(norm(x))`."""
         if self.gate_up.weight.shape[0] == 1 and self.gate_up.bias is None:
-            gated = gated_product(x, self.gate_up.weight[...][0], self.numerics, norm=norm)
+            gated = gated_product(x, self.gate_up.weight[...][0], self.numerics, norm=norm, panels=self.gate_up.panels)
         else:
             gate_up = self.gate_up(x, norm=norm)  # [tokens, shards, 2, ffn / shards]
             gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]

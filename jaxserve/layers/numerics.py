@@ -32,6 +32,6 @@ class Numerics:
         if platform != "cpu":
             return cls(weights=weights, activations=weights, gated=weights)
         if native:
-            panels = jnp.dtype(weights) == jnp.float32 and has_panels()
+            panels = has_panels(weights)
             return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu", panels=panels)
         return cls(weights=weights, activations=jnp.float32, products="xla_cpu")

@@ -25,9 +25,9 @@ def matmul_native_cpu(
 
 
 def matmul_panels(x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings) -> jax.Array:
-    """The same with a float32 weight in panels, of any number of tokens."""
-    if weight.dtype != jnp.float32 or not native.has_panels():
-        raise NotImplementedError(f"panels want float32 weights and AVX-512, got {weight.dtype}")
+    """The same with a weight in panels, of any number of tokens."""
+    if not native.has_panels(weight.dtype):
+        raise NotImplementedError(f"this processor takes no weights of {weight.dtype} in panels")
     return _call(x, weight, out_dtype, around, panels=True)
 
 

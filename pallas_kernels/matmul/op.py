@@ -43,8 +43,8 @@ def matmul(
     With `norm`, x is `x / sqrt(mean(x^2) + epsilon) * norm` first. With a weight of three axes, y is
     `silu(x @ weight[0].T) * (x @ weight[1].T)`. With `residual`, y is added to it.
 
-    With `panels`, the weight's values lie as `to_panels(weight)` has them: for "native_cpu", float32 weights and
-    processors for which `native.has_panels()`.
+    With `panels`, the weight's values lie as `to_panels(weight)` has them: for "native_cpu", where
+    `native.has_panels(weight.dtype)`.
 
     "xla" runs anywhere; "xla_cpu" does too, and is shaped for what XLA:CPU does well. "native_cpu" wants float32 or
     bfloat16 weights, `native.load()` to work on this machine, and both operands whole on one device.

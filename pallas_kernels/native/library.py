@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.native.build import UnavailableError, build, source_digest
 
@@ -31,10 +32,10 @@ def has_tiles() -> bool:
     return bool(load().jaxserve_has_tiles())
 
 
-@functools.cache
-def has_panels() -> bool:
-    """Whether `matmul` takes float32 weights in panels on this processor."""
-    return bool(load().jaxserve_has_panels())
+def has_panels(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `matmul` takes weights of this dtype in panels on this processor."""
+    dtype = jnp.dtype(dtype)
+    return dtype in (jnp.float32, jnp.bfloat16) and bool(load().jaxserve_has_panels(dtype.itemsize))
 
 
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:

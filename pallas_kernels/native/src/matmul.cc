@@ -14,10 +14,12 @@ extern "C" int jaxserve_has_tiles() {
 #endif
 }
 
-// Whether float32 weights may lie in panels.
-extern "C" int jaxserve_has_panels() {
-#if JAXSERVE_PANELS
-  return 1;
+// Whether weights of so many bytes a value may lie in panels; bfloat16 ones only where they gain by it.
+extern "C" int jaxserve_has_panels(int bytes) {
+#if JAXSERVE_PANELS && defined(__AVX512BF16__)
+  return bytes == 4 || (bytes == 2 && !jaxserve_has_tiles());
+#elif JAXSERVE_PANELS
+  return bytes == 4;
 #else
   return 0;
 #endif
@@ -28,25 +30,22 @@ namespace {
 namespace ffi = xla::ffi;
 
 template <class T, class W, class Y>
-void multiply(ffi::ThreadPool& pool, const Product& product, const void* x, const void* w, void* y,
-              [[maybe_unused]] bool in_panels = false) {
+void multiply(ffi::ThreadPool& pool, const Product& product, const void* x_data, const void* w_data, void* y_data,
+              bool panels) {
+  const T* x = static_cast<const T*>(x_data);
+  const W* w = static_cast<const W*>(w_data);
+  Y* y = static_cast<Y*>(y_data);
 #if JAXSERVE_PANELS
-  if constexpr (std::is_same_v<W, float>) {
-    if (in_panels) {
-      multiply_panels(pool, product, static_cast<const float*>(x), static_cast<const float*>(w), static_cast<Y*>(y));
-      return;
-    }
+  if constexpr (std::is_same_v<typename Unit<W>::X, W>) {
+    if (panels) return multiply_panels(pool, product, x, w, y);
   }
 #endif
 #if JAXSERVE_TILES
   if constexpr (!std::is_same_v<W, float>) {
-    if (tiles_allowed()) {
-      multiply_tiles(pool, product, static_cast<const T*>(x), static_cast<const W*>(w), static_cast<Y*>(y));
-      return;
-    }
+    if (tiles_allowed()) return multiply_tiles(pool, product, x, w, y);
   }
 #endif
-  multiply_dots(pool, product, static_cast<const T*>(x), static_cast<const W*>(w), static_cast<Y*>(y));
+  multiply_dots(pool, product, x, w, y);
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer norm,
@@ -74,19 +73,19 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const void *const from = x.untyped_data(), *const weights = w.untyped_data();
   void* const to = y->untyped_data();
   if (product.norm && !wide_x) return ffi::Error::InvalidArgument("matmul: rows to be normalised must be float32");
-  if (panels && (!jaxserve_has_panels() || w.element_type() != ffi::F32))
-    return ffi::Error::InvalidArgument("matmul: panels are for float32 weights on a processor with AVX-512");
+  if (panels && !jaxserve_has_panels(w.element_type() == ffi::F32 ? 4 : 2))
+    return ffi::Error::InvalidArgument("matmul: this processor does not take these weights in panels");
   if (w.element_type() == ffi::F32) {
     if (!wide_x || !wide_y) return ffi::Error::InvalidArgument("matmul: float32 weights want and give float32");
     multiply<float, float, float>(pool, product, from, weights, to, panels);
   } else if (wide_x && wide_y) {
-    multiply<float, uint16_t, float>(pool, product, from, weights, to);
+    multiply<float, uint16_t, float>(pool, product, from, weights, to, panels);
   } else if (wide_x) {
-    multiply<float, uint16_t, uint16_t>(pool, product, from, weights, to);
+    multiply<float, uint16_t, uint16_t>(pool, product, from, weights, to, panels);
   } else if (wide_y) {
-    multiply<uint16_t, uint16_t, float>(pool, product, from, weights, to);
+    multiply<uint16_t, uint16_t, float>(pool, product, from, weights, to, panels);
   } else {
-    multiply<uint16_t, uint16_t, uint16_t>(pool, product, from, weights, to);
+    multiply<uint16_t, uint16_t, uint16_t>(pool, product, from, weights, to, panels);
   }
   return ffi::Error::Success();
 }

@@ -54,18 +54,14 @@ inline void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int6
 // A row of x in bfloat16, normalised where it shall be, with zeros up to a whole step.
 template <class T>
 inline void round_row(const Product& product, const T* x, uint16_t* to) {
-  int64_t at = 0;
   if constexpr (std::is_same_v<T, float>) {
     static thread_local std::vector<float> room;
     room.resize(product.depth);
-    const float* from = floats_of(product, x, room.data());
-    for (; at + kDeep <= product.depth; at += kDeep) store(to + at, round_to_halves(from + at));
-    for (; at < product.depth; ++at) to[at] = round_to_bf16(from[at]);
+    round_floats(floats_of(product, x, room.data()), product.depth, to);
   } else {
     std::memcpy(to, x, product.depth * sizeof(T));
-    at = product.depth;
   }
-  for (; at % kDeep; ++at) to[at] = 0;
+  for (int64_t at = product.depth; at % kDeep; ++at) to[at] = 0;
 }
 
 // Up to 16 rows of y from as many columns of c and `ups` [16, ..].

@@ -16,15 +16,6 @@ struct Product {
   bool gated;             // y = silu(first half) * second half
 };
 
-template <class T>
-inline float value_of(T x) {
-  if constexpr (std::is_same_v<T, float>) {
-    return x;
-  } else {
-    return widen(x);
-  }
-}
-
 // A row of x as floats, normalised where it shall be: x itself, or `room` [depth].
 inline const float* floats_of(const Product& product, const float* x, float* room) {
   if (!product.norm) return x;
@@ -58,6 +49,14 @@ inline void store_floats(uint16_t* p, Vec v) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = round_to_bf16(v[i]);
 #endif
+}
+
+// A row of x in what it is multiplied as.
+inline void round_floats(const float* from, int64_t count, float* to) { std::copy(from, from + count, to); }
+inline void round_floats(const float* from, int64_t count, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store_floats(to + i, load<Vec>(from + i));
+  for (; i < count; ++i) to[i] = round_to_bf16(from[i]);
 }
 
 // `count` values of a row of y from `column` on, of their sums; `ups` are those of the second half.

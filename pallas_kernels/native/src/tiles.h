@@ -116,11 +116,6 @@ inline void multiply_tall(const uint16_t* a, int64_t a_stride, const uint16_t* b
 #undef TILE_STORE
 #undef TILE_MULTIPLY
 
-// 32 values as bfloat16.
-inline __m512i round_to_halves(const float* p) {
-  return bits_as<__m512i>(_mm512_cvtne2ps_pbh(load<__m512>(p + kLanes), load<__m512>(p)));
-}
-
 // Packs `count` (up to 16) rows of 32 values from `rows` as a tile of B: each row becomes a column, those missing zeros.
 inline void pack_tile(const uint16_t* rows, int64_t stride, int64_t count, uint16_t* tile) {
   __m512i r[kTile];
