@@ -21,18 +21,6 @@ constexpr int64_t kFewRows = 64;           // of x
 constexpr int64_t kTileItems = 3;          // a thread, where the columns suffice
 constexpr int64_t kMostTileColumns = 512;  // of an item
 
-// Room for bfloat16 values that starts with a cache line; grows, and stays the thread's.
-class Room {
- public:
-  uint16_t* of(int64_t values) {
-    values_.resize(values + kDeep);
-    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(values_.data()) + 63) / 64 * 64);
-  }
-
- private:
-  std::vector<uint16_t> values_;
-};
-
 // Packs up to `Columns` rows of x or w: one tile or two a step. Depths and rows past the end are zeros.
 template <int64_t Columns>
 inline void pack_panel(const uint16_t* rows, int64_t stride, int64_t count, int64_t depth, uint16_t* panel) {

@@ -13,6 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <vector>
+
 #include "transpose.h"
 
 namespace jaxserve {
@@ -43,6 +45,18 @@ class Tiles {
   ~Tiles() { asm volatile("tilerelease"); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
+};
+
+// Room for bfloat16 values that starts with a cache line; grows, and stays the thread's.
+class Room {
+ public:
+  uint16_t* of(int64_t values) {
+    values_.resize(values + kDeep);
+    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(values_.data()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<uint16_t> values_;
 };
 
 // The compilers' own intrinsics do not all say that they read memory, so that stores before them may be lost.
@@ -109,6 +123,54 @@ inline void multiply_tall(const uint16_t* a, int64_t a_stride, const uint16_t* b
   TILE_STORE(1, c + kTile * c_stride, to);
   TILE_STORE(2, c + 2 * kTile * c_stride, to);
   TILE_STORE(3, c + 3 * kTile * c_stride, to);
+}
+
+// c [16 * tiles, 16] = the rows at a[0], a[1], .. [16, depth] each . b [depth, 16], up to four; c's rows are 16 long.
+inline void multiply_chunk(const uint16_t* const* a, int64_t tiles, int64_t a_stride, const uint16_t* b, int64_t steps,
+                           float* c) {
+  const int64_t row = a_stride * sizeof(uint16_t);
+  TILE_ZERO(0);
+  TILE_ZERO(1);
+  TILE_ZERO(2);
+  TILE_ZERO(3);
+  for (int64_t step = 0; step < steps; ++step) {
+    TILE_LOAD(6, b + step * kTileValues, 64);
+    TILE_LOAD(4, a[0] + step * kDeep, row);
+    TILE_MULTIPLY(0, 4, 6);
+    if (tiles > 1) {
+      TILE_LOAD(5, a[1] + step * kDeep, row);
+      TILE_MULTIPLY(1, 5, 6);
+    }
+    if (tiles > 2) {
+      TILE_LOAD(4, a[2] + step * kDeep, row);
+      TILE_MULTIPLY(2, 4, 6);
+    }
+    if (tiles > 3) {
+      TILE_LOAD(5, a[3] + step * kDeep, row);
+      TILE_MULTIPLY(3, 5, 6);
+    }
+  }
+  TILE_STORE(0, c, 64);
+  TILE_STORE(1, c + kTile * kTile, 64);
+  TILE_STORE(2, c + 2 * kTile * kTile, 64);
+  TILE_STORE(3, c + 3 * kTile * kTile, 64);
+}
+
+// c [16, 32] += a [16, depth] . b [depth, 32]: a's tiles one after the other, b's two side by side, b_step values apart.
+inline void add_product(const uint16_t* a, const uint16_t* b, int64_t b_step, int64_t steps, float* c,
+                        int64_t c_stride) {
+  const int64_t to = c_stride * sizeof(float);
+  TILE_LOAD(0, c, to);
+  TILE_LOAD(1, c + kTile, to);
+  for (int64_t step = 0; step < steps; ++step) {
+    TILE_LOAD(4, a + step * kTileValues, 64);
+    TILE_LOAD(6, b + step * b_step, 64);
+    TILE_MULTIPLY(0, 4, 6);
+    TILE_LOAD(7, b + step * b_step + kTileValues, 64);
+    TILE_MULTIPLY(1, 4, 7);
+  }
+  TILE_STORE(0, c, to);
+  TILE_STORE(1, c + kTile, to);
 }
 
 #undef TILE_ZERO
