@@ -60,24 +60,39 @@ inline void pack_values(const uint16_t* const* v, int64_t stride, int64_t from, 
   }
 }
 
-// Turns scores [kChunk, 16] of positions from `first` on into weights, tiles of A a step; returns what `out` is to be
-// scaled by before they are added.
-inline Vec soften_tiles(const Batch& batch, int64_t first, int64_t tiles, float* scores, QueryBlock& block,
-                        uint16_t* weights) {
+// What both ways of softening a chunk find of each query: its highest score, and the sum of its weights.
+struct Softened {
+  Vec highest, added;
+};
+
+// Scores as they count: scaled, and masked where their query does not see the position. The lanes are queries at one
+// position, or positions of one query.
+inline Vec visible_scores(const Batch& batch, Vec score, IntVec query, IntVec position) {
+  score *= batch.scale;
+  if (batch.soft_cap > 0)
+    for (int i = 0; i < kLanes; ++i) score[i] = batch.soft_cap * std::tanh(score[i] / batch.soft_cap);
+  IntVec visible = query >= position;
+  if (batch.window) visible &= query - static_cast<int32_t>(batch.window) < position;
+  score = visible ? score : broadcast(kMasked);
+  asm volatile("" : "+v"(score));  // or the compiler may fuse the scaling with what follows, here and not there
+  return score;
+}
+inline Vec weights_of(Vec score, Vec highest) {
+  return score > broadcast(kMasked) ? exp_negative(score - highest) : Vec{};
+}
+
+// Turns scores [kChunk, 16] of positions from `first` on into weights, tiles of A a step.
+inline Softened soften_tiles(const Batch& batch, int64_t first, int64_t tiles, float* scores, const QueryBlock& block,
+                             uint16_t* weights) {
   const int64_t count = tiles * kTile;
   Vec highest = block.top;
   for (int64_t at = 0; at < count; ++at) {
-    Vec score = load<Vec>(scores + at * kTile) * batch.scale;
-    if (batch.soft_cap > 0)
-      for (int i = 0; i < kLanes; ++i) score[i] = batch.soft_cap * std::tanh(score[i] / batch.soft_cap);
-    const auto position = static_cast<int32_t>(first + at);
-    IntVec visible = block.position >= position;
-    if (batch.window) visible &= block.position - static_cast<int32_t>(batch.window) < position;
-    score = visible ? score : broadcast(kMasked);
+    const IntVec position = IntVec{} + static_cast<int32_t>(first + at);
+    const Vec score = visible_scores(batch, load<Vec>(scores + at * kTile), block.position, position);
     store(scores + at * kTile, score);
     highest = score > highest ? score : highest;
   }
-  Vec added[4] = {};
+  Vec added[kTile] = {};  // of positions 16 apart, then halved as `sum` does
   for (int64_t step = 0; step < (tiles + 1) / 2; ++step) {
     __m512i r[kTile];
     for (int64_t pair = 0; pair < kTile; ++pair) {
@@ -85,9 +100,8 @@ inline Vec soften_tiles(const Batch& batch, int64_t first, int64_t tiles, float*
       for (int64_t i = 0; i < 2; ++i) {
         const int64_t at = step * kDeep + 2 * pair + i;
         if (at >= count) continue;
-        const Vec score = load<Vec>(scores + at * kTile);
-        weight[i] = score > broadcast(kMasked) ? exp_negative(score - highest) : Vec{};
-        added[at % 4] += weight[i];
+        weight[i] = weights_of(load<Vec>(scores + at * kTile), highest);
+        added[at % kTile] += weight[i];
       }
       const __m512i wide = bits_as<__m512i>(_mm512_cvtne2ps_pbh((__m512)weight[1], (__m512)weight[0]));
       const __m512i even = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(wide));
@@ -97,10 +111,54 @@ inline Vec soften_tiles(const Batch& batch, int64_t first, int64_t tiles, float*
     transpose(r);
     for (int64_t i = 0; i < kTile; ++i) store(weights + step * kTileValues + i * kDeep, r[i]);
   }
-  const Vec decay = exp_negative(block.top - highest);
-  block.total = block.total * decay + ((added[0] + added[1]) + (added[2] + added[3]));
-  block.top = highest;
-  return decay;
+  for (int64_t width = kTile / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) added[i] += added[i + width];
+  return {highest, added[0]};
+}
+
+constexpr int64_t kFewQueries = 4;
+
+// The same, to the bit, for up to four queries: a vector holds 16 positions of one of them.
+inline Softened soften_rows(const Batch& batch, int64_t first, int64_t tiles, const float* scores,
+                            const QueryBlock& block, int64_t queries, uint16_t* weights) {
+  IntVec lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  Vec rows[kFewQueries][kChunkTiles];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    __m512 z[4];  // of positions i, 4 + i, 8 + i, 12 + i the first four queries
+    for (int i = 0; i < 4; ++i) {
+      const float* from = scores + (tile * kTile + i) * kTile;
+      z[i] = _mm512_castps128_ps512(_mm_loadu_ps(from));
+      z[i] = _mm512_insertf32x4(z[i], _mm_loadu_ps(from + 4 * kTile), 1);
+      z[i] = _mm512_insertf32x4(z[i], _mm_loadu_ps(from + 8 * kTile), 2);
+      z[i] = _mm512_insertf32x4(z[i], _mm_loadu_ps(from + 12 * kTile), 3);
+    }
+    const __m512d a = (__m512d)_mm512_unpacklo_ps(z[0], z[1]), b = (__m512d)_mm512_unpacklo_ps(z[2], z[3]);
+    const __m512d c = (__m512d)_mm512_unpackhi_ps(z[0], z[1]), d = (__m512d)_mm512_unpackhi_ps(z[2], z[3]);
+    rows[0][tile] = (Vec)_mm512_unpacklo_pd(a, b);
+    rows[1][tile] = (Vec)_mm512_unpackhi_pd(a, b);
+    rows[2][tile] = (Vec)_mm512_unpacklo_pd(c, d);
+    rows[3][tile] = (Vec)_mm512_unpackhi_pd(c, d);
+  }
+  Softened found = {block.top, Vec{}};
+  for (int64_t query = 0; query < queries; ++query) {
+    const IntVec place = IntVec{} + block.position[query];
+    Vec highest = broadcast(block.top[query]);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      Vec& score = rows[query][tile];
+      score = visible_scores(batch, score, place, lane + static_cast<int32_t>(first + tile * kTile));
+      highest = score > highest ? score : highest;
+    }
+    found.highest[query] = max_of(highest);
+    Vec added = {};
+    for (int64_t tile = 0; tile < (tiles + 1) / 2 * 2; ++tile) {
+      const Vec weight = tile < tiles ? weights_of(rows[query][tile], broadcast(found.highest[query])) : Vec{};
+      added += weight;
+      store_floats(weights + tile / 2 * kTileValues + query * kDeep + tile % 2 * kTile, weight);
+    }
+    found.added[query] = sum(added);
+  }
+  return found;
 }
 
 inline void attend_tiles(const Batch& batch, const Item& item, const float* q, const uint16_t* k_pool,
@@ -160,7 +218,14 @@ inline void attend_tiles(const Batch& batch, const Item& item, const float* q, c
       const int64_t last = std::min(queries, (b + 1) * kTile) - 1;
       if (item.position + last / group < first) continue;  // none of its queries sees the chunk
       multiply_chunk(keys, tiles, stride, q_tiles + b * steps * kTileValues, steps, work.scores.data());
-      const Vec decay = soften_tiles(batch, first, tiles, work.scores.data(), work.blocks[b], p_tiles);
+      QueryBlock& block = work.blocks[b];
+      const int64_t present = last + 1 - b * kTile;
+      const Softened found = present <= kFewQueries
+                                 ? soften_rows(batch, first, tiles, work.scores.data(), block, present, p_tiles)
+                                 : soften_tiles(batch, first, tiles, work.scores.data(), block, p_tiles);
+      const Vec decay = exp_negative(block.top - found.highest);  // of what has been summed so far
+      block.total = block.total * decay + found.added;
+      block.top = found.highest;
       float* const sums_of = work.out.data() + b * kTile * depth;
       for (int64_t i = 0; i < kTile; ++i)
         if (decay[i] != 1.0f)
