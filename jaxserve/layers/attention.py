@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.cache.kv_cache import LayerCache, pool_partition_spec
 from jaxserve.layers.linear import Linear
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import Rotation
 from jaxserve.parallel.mesh import TENSOR, AnyMesh
@@ -83,11 +84,19 @@ class Attention(nnx.Module):
         self.sliding_window = sliding_window
 
     def __call__(
-        self, x: Float[Array, "tokens in_features"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
+        self,
+        x: Float[Array, "tokens in_features"],
+        cache: LayerCache,
+        angles: Rotation,
+        inputs: AttentionInputs,
+        *,
+        residual: Float[Array, "tokens hidden"],
+        norm: RMSNorm | None = None,
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
-        qkv = self.qkv(x)  # [tokens, kv_heads, group + 2, head_dim]
+        """`residual + attention(norm(x))`, and the cache with this step's K and V."""
+        qkv = self.qkv(x, norm=norm)  # [tokens, kv_heads, group + 2, head_dim]
         attended, cache = self._attend(qkv, angles, cache, inputs)
-        return self.out(attended.reshape(x.shape[0], -1)), cache
+        return self.out(attended.reshape(x.shape[0], -1), residual=residual), cache
 
     def _attend(
         self, qkv: jax.Array, angles: Rotation, cache: LayerCache, inputs: AttentionInputs

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.parameter import parameter
 from pallas_kernels.matmul import matmul
-
-
-def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike) -> nnx.Param:
-    """A parameter without a value: its shape, dtype and logical axes, filled when the checkpoint is read."""
-    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype), axes=axes)
 
 
 def product(
@@ -22,14 +20,48 @@ def product(
     weight: Float[Array, "... in_features"],
     numerics: Numerics,
     out_dtype: DTypeLike,
+    *,
+    norm: RMSNorm | None = None,
+    residual: Float[Array, "tokens hidden"] | None = None,
+    panels: bool = False,
 ) -> Float[Array, "tokens ..."]:
-    """`x @ weight.T` over the last axis of both, accumulated in float32.
+    """`norm(x) @ weight.T + residual` over the last axis of x and weight, accumulated in float32.
 
     The weight is flattened to two axes first: of a product with more, XLA:CPU makes a transposed copy at every step.
     """
-    flat = weight.reshape(-1, weight.shape[-1])
-    y = matmul(x, flat, out_dtype=out_dtype, implementation=numerics.products)
+    y = matmul(
+        x,
+        weight.reshape(-1, weight.shape[-1]),
+        out_dtype=out_dtype,
+        implementation=numerics.products,
+        residual=residual,
+        panels=panels,
+        **_norm_settings(norm),
+    )
     return y.reshape(x.shape[0], *weight.shape[:-1])
+
+
+def gated_product(
+    x: Float[Array, "tokens in_features"],
+    weight: Float[Array, "2 out_features in_features"],
+    numerics: Numerics,
+    *,
+    norm: RMSNorm | None = None,
+    panels: bool = False,
+) -> Float[Array, "tokens out_features"]:
+    """`silu(norm(x) @ weight[0].T) * (norm(x) @ weight[1].T)`."""
+    return matmul(
+        x,
+        weight,
+        out_dtype=numerics.gated,
+        implementation=numerics.products,
+        panels=panels,
+        **_norm_settings(norm),
+    )
+
+
+def _norm_settings(norm: RMSNorm | None) -> dict[str, Any]:
+    return {} if norm is None else {"norm": norm.weight[...], "epsilon": norm.epsilon}
 
 
 class Linear(nnx.Module):
@@ -44,13 +76,33 @@ class Linear(nnx.Module):
         axes: tuple[str | None, ...],
         numerics: Numerics,
         bias: bool = False,
+        matrix_axes: int | None = None,
     ) -> None:
-        self.weight = parameter((*out_shape, in_features), axes, numerics.weights)
+        """`matrix_axes`: how many last axes of the weight one product takes, where not all of them."""
+        self.panels = numerics.panels and in_features % 2 == 0
+        panels = (matrix_axes or len(axes)) if self.panels else None
+        self.weight = parameter((*out_shape, in_features), axes, numerics.weights, matrix_axes=panels)
         self.bias = parameter(out_shape, axes[:-1], numerics.weights) if bias else None
         self.numerics = numerics
 
-    def __call__(self, x: Float[Array, "tokens in_features"]) -> Float[Array, "tokens ..."]:
-        y = product(x, self.weight[...], self.numerics, self.numerics.activations)
+    def __call__(
+        self,
+        x: Float[Array, "tokens in_features"],
+        *,
+        norm: RMSNorm | None = None,
+        residual: Float[Array, "tokens hidden"] | None = None,
+    ) -> Float[Array, "tokens ..."]:
+        """`norm` is applied to x first, `residual` added last: fused with the product where its kernel can."""
+        numerics = self.numerics
+        y = product(
+            x,
+            self.weight[...],
+            numerics,
+            numerics.activations,
+            norm=norm,
+            residual=residual,
+            panels=self.panels,
+        )
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 

@@ -6,12 +6,15 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxserve.layers.linear import Linear
+from jaxserve.layers.linear import Linear, gated_product
+from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
 
 
 class GatedMLP(nnx.Module):
-    """`down(silu(gate(x)) * up(x))`; gate and up are one product, laid out so that the mesh splits both alike.
+    """`down(silu(gate(x)) * up(x))` of the normalised residual stream, which it is added to.
+
+    Gate and up are one product, laid out so that the mesh splits both alike.
 
     # gate_up.weight [shards, 2, ffn / shards, hidden]: each shard holds its share of gate, then of up
     """
@@ -25,10 +28,16 @@ class GatedMLP(nnx.Module):
             axes=("shards", None, None, None),
             numerics=numerics,
             bias=bias,
+            matrix_axes=None if bias or num_shards > 1 else 2,
         )
+        self.numerics = numerics
         self.down = Linear(ffn_size, (hidden_size,), axes=(None, "ffn"), numerics=numerics, bias=bias)
 
-    def __call__(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens hidden"]:
-        gate_up = self.gate_up(x)  # [tokens, shards, 2, ffn / shards]
-        gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return self.down(gated.reshape(x.shape[0], -1))
+    def __call__(self, x: Float[Array, "tokens hidden"], *, norm: RMSNorm) -> Float[Array, "tokens hidden"]:
+        """`x + mlp(norm(x))`."""
+        if self.gate_up.weight.shape[0] == 1 and self.gate_up.bias is None:
+            gated = gated_product(x, self.gate_up.weight[...][0], self.numerics, norm=norm, panels=self.gate_up.panels)
+        else:
+            gate_up = self.gate_up(x, norm=norm)  # [tokens, shards, 2, ffn / shards]
+            gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+        return self.down(gated.reshape(x.shape[0], -1), residual=x)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jaxtyping import Array, Float
 
-from jaxserve.layers.linear import parameter
 from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.parameter import parameter
+from pallas_kernels.matmul import rms_norm
 
 
 class RMSNorm(nnx.Module):
@@ -19,6 +18,4 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "... size"]) -> Float[Array, "... size"]:
-        wide = x.astype(jnp.float32)
-        scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (wide * scale * self.weight[...].astype(jnp.float32)).astype(x.dtype)
+        return rms_norm(x, self.weight[...], self.epsilon)

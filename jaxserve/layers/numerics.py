@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul.op import MatmulImplementation
+from pallas_kernels.native import has_panels
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,10 +23,15 @@ class Numerics:
     weights: DTypeLike = jnp.float32
     activations: DTypeLike = jnp.float32
     products: MatmulImplementation = "xla"
+    gated: DTypeLike = jnp.float32  # of what a gated product gives to the next one, which rounds it in any case
+    panels: bool = False  # whether weights of linear layers lie in panels, see `to_panels`
 
     @classmethod
     def for_platform(cls, platform: str, weights: DTypeLike, *, native: bool = False) -> Numerics:
         """The dtypes for "cpu", "gpu" or "tpu"; `native`: whether a CPU runs its products in C++."""
         if platform != "cpu":
-            return cls(weights=weights, activations=weights)
-        return cls(weights=weights, activations=jnp.float32, products="native_cpu" if native else "xla_cpu")
+            return cls(weights=weights, activations=weights, gated=weights)
+        if native:
+            panels = has_panels(weights)
+            return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu", panels=panels)
+        return cls(weights=weights, activations=jnp.float32, products="xla_cpu")

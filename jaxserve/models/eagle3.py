@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.errors import CheckpointError
 from jaxserve.layers.attention import Attention, AttentionBackend, AttentionInputs, AttentionShape
-from jaxserve.layers.linear import Embedding, Linear, parameter
+from jaxserve.layers.linear import Embedding, Linear
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
+from jaxserve.layers.parameter import parameter
 from jaxserve.layers.rope import Rotation, rotation
 from jaxserve.layers.stack import apply_layers
 from jaxserve.models.base import WeightRule
@@ -69,9 +70,9 @@ class Eagle3Layer(nnx.Module):
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         normed = self.hidden_norm(x)
         both = jnp.concatenate([self.attention_norm(embedded), normed], axis=-1)
-        attended, cache = self.attention(both, cache, angles, inputs)
-        x = (normed if self.norm_before_residual else x) + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        residual = normed if self.norm_before_residual else x
+        x, cache = self.attention(both, cache, angles, inputs, residual=residual)
+        return self.mlp(x, norm=self.mlp_norm), cache
 
 
 class Eagle3(nnx.Module):

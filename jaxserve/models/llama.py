@@ -55,9 +55,8 @@ class DecoderLayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), cache, angles, inputs)
-        x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x, cache = self.attention(x, cache, angles, inputs, residual=x, norm=self.attention_norm)
+        return self.mlp(x, norm=self.mlp_norm), cache
 
 
 class Llama(nnx.Module):

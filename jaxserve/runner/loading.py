@@ -115,7 +115,7 @@ def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[st
 
     def put(name: str, value: np.ndarray) -> jax.Array:
         where, rows = sharding(graph.mesh, graph.axes(name)), parts[name][1]
-        return to_devices(value, where, shape=shapes[name], first_row=rows.start)
+        return to_devices(graph.laid_out(name, value), where, shape=shapes[name], first_row=rows.start)
 
     return load_params(
         checkpoint,

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -23,6 +24,7 @@ from jaxserve.parallel.mesh import TENSOR, AnyMesh, LogicalAxes, platform_of, sh
 from jaxserve.parallel.shards import WHOLE, Shards
 from jaxserve.sampling.vocabulary import BLOCK_TOKENS
 from pallas_kernels.dispatch import Implementation
+from pallas_kernels.matmul import to_panels
 from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,14 @@ class ModelGraph:
     def axes(self, name: str) -> LogicalAxes:
         """The logical axes of a parameter."""
         return self._variables[name][1].get_metadata()["axes"]
+
+    def laid_out(self, name: str, value: np.ndarray) -> np.ndarray:
+        """A parameter's value as its products want it to lie."""
+        matrix_axes = self._variables[name][1].get_metadata()["matrix_axes"]
+        if matrix_axes is None:
+            return value
+        matrices = value.reshape(*value.shape[: value.ndim - matrix_axes], -1, value.shape[-1])
+        return to_panels(matrices).reshape(value.shape)
 
     def weight_rules(self) -> list[WeightRule]:
         """How every parameter is made of a checkpoint."""

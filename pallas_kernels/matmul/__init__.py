@@ -1,5 +1,7 @@
 """Matrix products of a step's tokens with a checkpoint's weights."""
 
+from pallas_kernels.matmul.norm import rms_norm
 from pallas_kernels.matmul.op import matmul
+from pallas_kernels.matmul.panels import to_panels
 
-__all__ = ["matmul"]
+__all__ = ["matmul", "rms_norm", "to_panels"]

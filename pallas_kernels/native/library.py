@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.native.build import UnavailableError, build, source_digest
 
@@ -12,7 +13,7 @@ FUNCTIONS = ("matmul", "paged_attention", "rotate_and_write")
 
 
 @functools.cache
-def load() -> None:
+def load() -> ctypes.CDLL:
     """Compiles the library where needed, and makes its functions known to XLA; `UnavailableError` if it cannot."""
     path = build()
     try:
@@ -22,6 +23,19 @@ def load() -> None:
     for name in FUNCTIONS:
         handler = jax.ffi.pycapsule(getattr(library, f"jaxserve_{name}"))
         jax.ffi.register_ffi_target(_target(name), handler, platform="cpu")
+    return library
+
+
+@functools.cache
+def has_tiles() -> bool:
+    """Whether this processor has matrix tiles (AMX) for bfloat16, and the system lets this process use them."""
+    return bool(load().jaxserve_has_tiles())
+
+
+def has_panels(dtype: jax.typing.DTypeLike) -> bool:
+    """Whether `matmul` takes weights of this dtype in panels on this processor."""
+    dtype = jnp.dtype(dtype)
+    return dtype in (jnp.float32, jnp.bfloat16) and bool(load().jaxserve_has_panels(dtype.itemsize))
 
 
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:

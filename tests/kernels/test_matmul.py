@@ -4,8 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.matmul import matmul
+from pallas_kernels import native
+from pallas_kernels.matmul import matmul, to_panels
 from pallas_kernels.matmul.cases import CASES
+from pallas_kernels.matmul.native_cpu import MAX_TOKENS
 from pallas_kernels.matmul.reference import matmul_reference
 
 IMPLEMENTATIONS = ("xla", "xla_cpu", "native_cpu")
@@ -29,18 +31,94 @@ def test_agrees_with_the_reference(case, implementation):
     np.testing.assert_allclose(np.asarray(y), expected, rtol=1e-5, atol=1e-6 * case.in_features)
 
 
+PRODUCTS = ("xla", "xla_cpu", "native_cpu", "panels")
+AROUND = ("plain", "norm", "gate", "residual", "norm residual")
+
+
+def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32):
+    """The product with what `around` names; a gate takes both halves of the weight [2, ..], others one matrix."""
+    matrix = weight if "gate" in around else weight.reshape(-1, weight.shape[-1])
+    if kind == "panels":
+        matrix = jnp.asarray(to_panels(np.asarray(matrix)))
+    return matmul(
+        x,
+        matrix,
+        out_dtype=out_dtype,
+        implementation="native_cpu" if kind == "panels" else kind,
+        norm=norm if "norm" in around else None,
+        epsilon=1e-5,
+        residual=residual if "residual" in around else None,
+        panels=kind == "panels",
+    )
+
+
+def skip_where_there_are_no_panels(kind, dtype):
+    if kind == "panels" and not native.has_panels(dtype):
+        pytest.skip(f"no panels of {dtype} on this processor")
+
+
+@pytest.mark.parametrize("kind", PRODUCTS)
+@pytest.mark.parametrize("tokens", [1, 70])
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_gets_the_same_bits_alone_and_in_a_batch(dtype):
+def test_what_stands_around_a_product_agrees_with_the_reference(dtype, around, tokens, kind):
+    skip_where_there_are_no_panels(kind, dtype)
+    rng = np.random.default_rng(2)
+    x, residual = (rng.standard_normal((tokens, width)).astype(np.float32) for width in (96, 2 * 83))
+    norm = jnp.asarray(rng.standard_normal(96), dtype)
+    weight = jnp.asarray(rng.standard_normal((2, 83, 96)) / 8, dtype)
+    y = product_of(kind, around, jnp.asarray(x), weight, norm, jnp.asarray(residual))
+    if "norm" in around:
+        x = x / np.sqrt(np.mean(x.astype(np.float64) ** 2, axis=1, keepdims=True) + 1e-5) * np.asarray(norm, np.float64)
+    rounded = np.asarray(jnp.asarray(x, jnp.float32).astype(dtype).astype(jnp.float32))
+    expected = matmul_reference(rounded, np.asarray(weight.astype(jnp.float32)).reshape(-1, 96))
+    if "gate" in around:
+        gate, up = np.split(expected, 2, axis=1)
+        expected = gate / (1 + np.exp(-gate)) * up
+    if "residual" in around:
+        expected = expected + residual
+    loose = 2e-2 if dtype == "bfloat16" and "norm" in around else 1e-4  # a norm's last bit may round x elsewhere
+    np.testing.assert_allclose(np.asarray(y), expected, rtol=loose, atol=loose)
+
+
+@pytest.mark.parametrize("around", ["norm", "gate", "residual"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, dtype) for kind in ("native_cpu", "panels") for dtype in ("float32", "bfloat16")]
+)
+@pytest.mark.parametrize(("depth", "width"), [(2112, 100), (72, 19)])
+def test_a_row_gets_the_same_bits_alone_and_in_a_batch(depth, width, kind, dtype, around):
+    skip_where_there_are_no_panels(kind, dtype)
     rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.standard_normal((64, 576)), jnp.float32)
-    weight = jnp.asarray(rng.standard_normal((100, 576)), jnp.float32).astype(dtype)
+    has_no_limit = kind == "panels" or (dtype == "bfloat16" and native.has_tiles())
+    num_tokens = 150 if has_no_limit else MAX_TOKENS
+    x, residual = (jnp.asarray(rng.standard_normal((num_tokens, size)), jnp.float32) for size in (depth, 2 * width))
+    weight = jnp.asarray(rng.standard_normal((2, width, depth)), dtype)
+    norm = jnp.asarray(rng.standard_normal(depth), dtype)
 
-    def native(rows):
-        return np.asarray(matmul(rows, weight, out_dtype=jnp.float32, implementation="native_cpu"))
+    def product(start, stop):
+        rows = slice(start, stop)
+        y = product_of(kind, around, x[rows], weight, norm, residual[rows], jnp.dtype(dtype))
+        return np.asarray(y.astype(jnp.float32))
 
-    together = native(x)
-    for start, stop in ((0, 1), (5, 7), (40, 64)):
-        np.testing.assert_array_equal(native(x[start:stop]), together[start:stop])
+    together = product(0, num_tokens)
+    for start, stop in ((0, 1), (5, 7), (20, 37), (0, 64), (30, num_tokens)):
+        np.testing.assert_array_equal(product(start, stop), together[start:stop])
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.in_features % 2 == 0], ids=lambda case: case.name)
+def test_weights_in_panels_agree_with_the_reference(case):
+    skip_where_there_are_no_panels("panels", case.dtype)
+    x, weight = make_inputs(case)
+    y = matmul(
+        x,
+        jnp.asarray(to_panels(np.asarray(weight))),
+        out_dtype=jnp.float32,
+        implementation="native_cpu",
+        panels=True,
+    )
+    rounded = np.asarray(x.astype(weight.dtype).astype(jnp.float32))
+    expected = matmul_reference(rounded, np.asarray(weight.astype(jnp.float32)))
+    np.testing.assert_allclose(np.asarray(y), expected, rtol=1e-5, atol=1e-6 * case.in_features)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -69,3 +147,11 @@ def test_wrong_arguments_are_refused():
         matmul(x, weight, out_dtype=jnp.float32, implementation="triton")  # type: ignore[arg-type]
     with pytest.raises(NotImplementedError, match="not float16"):
         matmul(x, weight.astype(jnp.float16), out_dtype=jnp.float32, implementation="native_cpu")
+    with pytest.raises(ValueError, match="residual must be"):
+        matmul(x, weight, out_dtype=jnp.float32, implementation="xla", residual=jnp.ones((4, 15)))
+    with pytest.raises(ValueError, match="norm must be"):
+        matmul(x, weight, out_dtype=jnp.float32, implementation="native_cpu", norm=jnp.ones(16))
+    with pytest.raises(ValueError, match="panels are for 'native_cpu' alone"):
+        matmul(x, weight, out_dtype=jnp.float32, implementation="xla", panels=True)
+    with pytest.raises(NotImplementedError, match="no weights of float16 in panels"):
+        matmul(x, weight.astype(jnp.float16), out_dtype=jnp.float32, implementation="native_cpu", panels=True)

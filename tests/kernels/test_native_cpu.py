@@ -93,28 +93,38 @@ def test_a_step_of_three_layers_copies_no_pool(dtype, num_tokens):
     assert memory.temp_size_in_bytes < pool_bytes
 
 
-def test_many_small_batches_agree_with_each_other_whatever_stands_beside_a_row():
-    geometry = AttentionGeometry(q_heads=3, kv_heads=1, head_dim=64, block_size=16, dtype="float32")
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_query_gets_the_same_bits_alone_in_a_batch_and_in_a_prompt(dtype, window):
+    if window and dtype == "float32":
+        pytest.skip("its chunks begin where the window of a prompt's first query does")
+    geometry = AttentionGeometry(q_heads=3, kv_heads=1, head_dim=64, block_size=16, dtype=dtype)
     rng = np.random.default_rng(3)
-    pools = [jnp.asarray(rng.standard_normal(pool_shape(40, 16, 1, 64)), jnp.float32) for _ in range(2)]
+    values = rng.standard_normal((2, *pool_shape(40, 16, 1, 64))).astype(logical_dtype(pool_dtype(dtype, "cpu")))
+    pools = [jnp.asarray(value.view(pool_dtype(dtype, "cpu"))) for value in values]
     queries = jnp.asarray(rng.standard_normal((32, 3, 64)), jnp.float32)
     table = np.arange(1, 33, dtype=np.int32)[None]
 
-    def attended(rows: int) -> np.ndarray:
+    def attended(num_tokens: list[int], kv_lens: list[int]) -> np.ndarray:
+        rows = len(num_tokens)
         metadata = build_metadata(
-            [1] * rows,
-            list(range(480, 480 + rows)),
+            num_tokens,
+            kv_lens,
             np.repeat(table, rows, axis=0),
             geometry=geometry,
             implementation="native_cpu",
-            num_tokens=rows,
+            num_tokens=sum(num_tokens),
             num_rows=rows,
         )
-        return np.asarray(paged_attention(queries[:rows], *pools, metadata, scale=0.125))
+        return np.asarray(
+            paged_attention(queries[: sum(num_tokens)], *pools, metadata, scale=0.125, sliding_window=window)
+        )
 
-    together = attended(32)
+    together = attended([1] * 32, list(range(480, 512)))
     for rows in (1, 2, 5, 31):
-        np.testing.assert_array_equal(attended(rows), together[:rows])
+        np.testing.assert_array_equal(attended([1] * rows, list(range(480, 480 + rows))), together[:rows])
+    for tokens in (7, 32):
+        np.testing.assert_array_equal(attended([tokens], [479 + tokens]), together[:tokens])
 
 
 def test_the_library_is_compiled_once_and_kept():

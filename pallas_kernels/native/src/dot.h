@@ -85,7 +85,10 @@ inline void dots(const typename Dot<W>::X* x, int64_t x_stride, const W* const* 
     if constexpr (Columns == kWide) {
       store(y + r * y_stride, sums(sums_of[r][0], sums_of[r][1], sums_of[r][2], sums_of[r][3]));
     } else {
-      for (int c = 0; c < Columns; ++c) y[r * y_stride + c] = sum(sums_of[r][c]);
+      for (int c = 0; c < Columns; ++c) {  // lanes in the order of four columns at once
+        const Vec& lanes = sums_of[r][c];
+        y[r * y_stride + c] = sums(lanes, lanes, lanes, lanes)[0];
+      }
     }
   }
 }

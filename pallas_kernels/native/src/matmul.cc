@@ -1,108 +1,91 @@
-// y = x @ w.T with weights as checkpoints have them, [out, in]: no repacking, so a step reads them once at most.
-#include <algorithm>
-#include <vector>
-
-#include "dot.h"
-#include "parallel.h"
+// Products of a step's tokens with a checkpoint's weights, [out, in], with what stands before and behind them in a model.
+#include "matmul_dots.h"
+#include "matmul_panels.h"
+#include "matmul_tiles.h"
 
 namespace jaxserve {
+
+// Whether products of bfloat16 weights run on tiles, on this machine as it is now.
+extern "C" int jaxserve_has_tiles() {
+#if JAXSERVE_TILES
+  return tiles_allowed();
+#else
+  return 0;
+#endif
+}
+
+// Whether weights of so many bytes a value may lie in panels; bfloat16 ones only where they gain by it.
+extern "C" int jaxserve_has_panels(int bytes) {
+#if JAXSERVE_PANELS && defined(__AVX512BF16__)
+  return bytes == 4 || (bytes == 2 && !jaxserve_has_tiles());
+#elif JAXSERVE_PANELS
+  return bytes == 4;
+#else
+  return 0;
+#endif
+}
+
 namespace {
 
 namespace ffi = xla::ffi;
 
-constexpr int64_t kColumns = 16;               // an item writes whole cache lines of y
-constexpr int64_t kMostColumns = 256;          // of an item
-constexpr int64_t kItems = 8;                  // a thread, where the columns suffice
-constexpr int64_t kAhead = 4 * kWide;          // columns
-constexpr int64_t kStreamedBytes = 128 << 10;  // of x
-constexpr int64_t kWeightBytes = 48 << 10;     // of an item, where x is larger: both pass through a core's caches
-constexpr int64_t kRowBytes = 384 << 10;       // of the rows of x that weights are multiplied with at a time
-
-// Asks for the weights that come next: the processor's own prefetching starts anew, and late, with each row.
-template <class W>
-inline void fetch_ahead(const W* from, int64_t count, const W* end) {
-  constexpr int64_t line = 64 / sizeof(W);
-  for (const W* at = from; at < std::min(from + count, end); at += line) __builtin_prefetch(at, 0, 3);
+template <class T, class W, class Y>
+void multiply(ffi::ThreadPool& pool, const Product& product, const void* x_data, const void* w_data, void* y_data,
+              bool panels) {
+  const T* x = static_cast<const T*>(x_data);
+  const W* w = static_cast<const W*>(w_data);
+  Y* y = static_cast<Y*>(y_data);
+#if JAXSERVE_PANELS
+  if constexpr (std::is_same_v<typename Unit<W>::X, W>) {
+    if (panels) return multiply_panels(pool, product, x, w, y);
+  }
+#endif
+#if JAXSERVE_TILES
+  if constexpr (!std::is_same_v<W, float>) {
+    if (tiles_allowed()) return multiply_tiles(pool, product, x, w, y);
+  }
+#endif
+  multiply_dots(pool, product, x, w, y);
 }
 
-template <class W>
-void multiply(ffi::ThreadPool& pool, const float* x, const W* w, float* y, int64_t rows, int64_t depth,
-              int64_t columns) {
-  using X = typename Dot<W>::X;
-  const int64_t stride = prepared_depth<W>(depth);
-  const X* prepared;
-  std::vector<X> room;
-  if constexpr (std::is_same_v<W, float>) {
-    prepared = x;
+ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer norm,
+                  ffi::Buffer<ffi::F32> residual, ffi::Result<ffi::AnyBuffer> y, float epsilon, bool panels) {
+  const bool gated = w.dimensions().size() == 3;
+  std::vector<float> wide_norm;
+  const float* norm_values = nullptr;
+  if (norm.element_count() && norm.element_type() == ffi::F32) {
+    norm_values = static_cast<const float*>(norm.untyped_data());
+  } else if (norm.element_count()) {
+    const auto* from = static_cast<const uint16_t*>(norm.untyped_data());
+    for (size_t i = 0; i < norm.element_count(); ++i) wide_norm.push_back(widen(from[i]));
+    norm_values = wide_norm.data();
   }
-  if (!std::is_same_v<W, float> || stride != depth) {
-    room.resize(rows * stride);
-    constexpr int64_t kRows = 16;
-    parallel_for(pool, (rows + kRows - 1) / kRows, [&](int64_t item) {
-      for (int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
-        prepare_row<W>(x + r * depth, depth, room.data() + r * stride);
-    });
-    prepared = room.data();
-  }
-  // Few rows of x stay beside the core: each weight is fetched while others are used, and used for all rows at once.
-  const bool streams = rows * stride * sizeof(X) <= kStreamedBytes;
-  const int64_t wanted = streams ? std::min(kMostColumns, columns / (kItems * pool.num_threads()))
-                                 : kWeightBytes / (depth * sizeof(W));
-  const int64_t columns_each = std::max<int64_t>(1, wanted / kColumns) * kColumns;
-  const int64_t rows_each =
-      std::max<int64_t>(kMaxRows, kRowBytes / (stride * sizeof(X)) / kMaxRows * kMaxRows);
-  const int64_t column_items = (columns + columns_each - 1) / columns_each;
-  const int64_t row_items = (rows + rows_each - 1) / rows_each;
-  parallel_for(pool, row_items * column_items, [&](int64_t item) {
-    const int64_t first_row = item / column_items * rows_each, last_row = std::min(rows, first_row + rows_each);
-    const int64_t first = item % column_items * columns_each, last = std::min(columns, first + columns_each);
-    const W* const end = w + columns * depth;
-    static thread_local std::vector<float> room_for_sums;
-    const int64_t width = last - first;
-    room_for_sums.resize((last_row - first_row) * width);
-    float* const sums_of = room_for_sums.data();  // [rows, columns] of the item
-    auto block = [&](int64_t r, int64_t c) {      // up to kMaxRows rows by kWide columns, or by those that are left
-      const int count = static_cast<int>(std::min<int64_t>(kMaxRows, last_row - r));
-      float* to = sums_of + (r - first_row) * width + c - first;
-      if (c + kWide <= last) {
-        const W* const at[kWide] = {w + c * depth, w + (c + 1) * depth, w + (c + 2) * depth, w + (c + 3) * depth};
-        dots_of<W, kWide>(count, prepared + r * stride, stride, at, depth, to, width);
-      } else {
-        for (; c < last; ++c, ++to) {
-          const W* const at[1] = {w + c * depth};
-          dots_of<W, 1>(count, prepared + r * stride, stride, at, depth, to, width);
-        }
-      }
-    };
-    auto write = [&](int64_t from_row, int64_t to_row) {
-      for (int64_t r = from_row; r < to_row; ++r)
-        std::memcpy(y + r * columns + first, sums_of + (r - first_row) * width, width * sizeof(float));
-    };
-    if (streams) {
-      for (int64_t c = first; c < last; c += kWide) {
-        fetch_ahead(w + (c + kAhead) * depth, kWide * depth, end);
-        for (int64_t r = first_row; r < last_row; r += kMaxRows) block(r, c);
-      }
-      write(first_row, last_row);
-    } else {
-      for (int64_t r = first_row; r < last_row; r += kMaxRows) {
-        for (int64_t c = first; c < last; c += kWide) {
-          if (r == first_row) fetch_ahead(w + (c + kAhead) * depth, kWide * depth, end);
-          block(r, c);
-        }
-        write(r, std::min(r + kMaxRows, last_row));
-      }
-    }
-  });
-}
-
-ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
-  const int64_t rows = x.dimensions()[0], depth = x.dimensions()[1], columns = w.dimensions()[0];
+  const Product product = {
+      x.dimensions()[0],
+      x.dimensions()[1],
+      y->dimensions()[1],
+      norm_values,
+      epsilon,
+      residual.element_count() ? residual.typed_data() : nullptr,
+      gated,
+  };
+  const bool wide_x = x.element_type() == ffi::F32, wide_y = y->element_type() == ffi::F32;
+  const void *const from = x.untyped_data(), *const weights = w.untyped_data();
+  void* const to = y->untyped_data();
+  if (product.norm && !wide_x) return ffi::Error::InvalidArgument("matmul: rows to be normalised must be float32");
+  if (panels && !jaxserve_has_panels(w.element_type() == ffi::F32 ? 4 : 2))
+    return ffi::Error::InvalidArgument("matmul: this processor does not take these weights in panels");
   if (w.element_type() == ffi::F32) {
-    multiply(pool, x.typed_data(), w.typed_data<float>(), y->typed_data(), rows, depth, columns);
+    if (!wide_x || !wide_y) return ffi::Error::InvalidArgument("matmul: float32 weights want and give float32");
+    multiply<float, float, float>(pool, product, from, weights, to, panels);
+  } else if (wide_x && wide_y) {
+    multiply<float, uint16_t, float>(pool, product, from, weights, to, panels);
+  } else if (wide_x) {
+    multiply<float, uint16_t, uint16_t>(pool, product, from, weights, to, panels);
+  } else if (wide_y) {
+    multiply<uint16_t, uint16_t, float>(pool, product, from, weights, to, panels);
   } else {
-    multiply(pool, x.typed_data(), static_cast<const uint16_t*>(w.untyped_data()), y->typed_data(), rows, depth,
-             columns);
+    multiply<uint16_t, uint16_t, uint16_t>(pool, product, from, weights, to, panels);
   }
   return ffi::Error::Success();
 }
@@ -112,8 +95,12 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_matmul, Matmul,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()      // x [rows, depth]
-                                  .Arg<ffi::AnyBuffer>()             // w [columns, depth], float32 or bfloat16
-                                  .Ret<ffi::Buffer<ffi::F32>>());    // y [rows, columns]
+                                  .Arg<ffi::AnyBuffer>()           // x [rows, depth], float32 or bfloat16
+                                  .Arg<ffi::AnyBuffer>()           // w [columns, depth], or gated [2, columns, depth]
+                                  .Arg<ffi::AnyBuffer>()           // norm [depth], float32 or bfloat16, or [0]
+                                  .Arg<ffi::Buffer<ffi::F32>>()    // residual [rows, columns], or [0]
+                                  .Ret<ffi::AnyBuffer>()           // y [rows, columns]
+                                  .Attr<float>("epsilon")
+                                  .Attr<bool>("panels"));          // how w lies: see matmul_panels.h
 
 }  // namespace jaxserve

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
@@ -45,7 +45,13 @@ inline void store(T* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
-inline Vec broadcast(float x) { return Vec{} + x; }
+inline Vec broadcast(float x) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_set1_ps(x);  // of a value in memory a load alone, where Vec{} + x takes a port of the multipliers
+#else
+  return Vec{} + x;
+#endif
+}
 
 template <class To, class From>
 inline To bits_as(From x) {

@@ -1,0 +1,136 @@
+// y = x @ w.T of weights that lie in panels of 32 rows, each [depth, 32]; the last may be narrower.
+//
+//   sums [14 rows of x, 32] += x [14, k] * panel [k, 32]     for k = 0, 1, ..
+//
+// Of bfloat16, k counts pairs of values, which vdpbf16ps multiplies and adds. Each sum takes its terms in that order, so
+// a row's result does not depend on its batch.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+#include "product.h"
+
+#if defined(__AVX512F__)
+#define JAXSERVE_PANELS 1
+
+namespace jaxserve {
+
+constexpr int64_t kPanelColumns = 2 * kLanes;
+constexpr int64_t kPanelRows = 14;       // of x: sums in 28 registers
+constexpr int64_t kPanelDepth = 2048;    // units: what is used of a panel at a time stays in the core's own cache
+constexpr int64_t kPanelItems = 6;       // a thread, where rows of x are few and the columns suffice
+constexpr int64_t kFewPanelRows = 64;
+
+// What stands at one k: a float, or a pair of bfloat16 values in the bits of one.
+template <class W>
+struct Unit {
+  using X = float;
+  static constexpr int64_t kValues = 1;
+  static Vec multiply_add(Vec sum, float x, Vec w) { return sum + broadcast(x) * w; }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Unit<uint16_t> {
+  using X = uint16_t;
+  static constexpr int64_t kValues = 2;
+  static Vec multiply_add(Vec sum, float x, Vec w) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(x), (__m512bh)w);
+  }
+};
+#endif
+
+// sums [Rows, 32] of x [Rows, stride] and a panel; goes on from what is there unless `begins`.
+template <class W, int Rows>
+inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t depth, bool begins,
+                           float* sums_of) {
+  Vec low[Rows], high[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    low[r] = begins ? Vec{} : load<Vec>(sums_of + r * kPanelColumns);
+    high[r] = begins ? Vec{} : load<Vec>(sums_of + r * kPanelColumns + kLanes);
+  }
+  const float* rows[(Rows + 2) / 3];  // three rows a pointer: what addresses can add
+  for (int i = 0; i < (Rows + 2) / 3; ++i) rows[i] = x + 3 * i * stride;
+  for (int64_t k = 0; k < depth; ++k, panel += kPanelColumns) {
+    const Vec first = load<Vec>(panel), second = load<Vec>(panel + kLanes);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const float value = rows[r / 3][r % 3 * stride + k];
+      low[r] = Unit<W>::multiply_add(low[r], value, first);
+      high[r] = Unit<W>::multiply_add(high[r], value, second);
+    }
+  }
+  for (int r = 0; r < Rows; ++r) {
+    store(sums_of + r * kPanelColumns, low[r]);
+    store(sums_of + r * kPanelColumns + kLanes, high[r]);
+  }
+}
+
+template <class W, int Rows = kPanelRows>
+inline void multiply_panel_of(int64_t rows, const float* x, int64_t stride, const float* panel, int64_t depth,
+                              bool begins, float* sums_of) {
+  if (rows == Rows) {
+    multiply_panel<W, Rows>(x, stride, panel, depth, begins, sums_of);
+  } else if constexpr (Rows > 1) {
+    multiply_panel_of<W, Rows - 1>(rows, x, stride, panel, depth, begins, sums_of);
+  }
+}
+
+// sums [rows, 32] of x [rows, depth] and a panel of `count` columns, which is widened in `room` where these are fewer
+// than 32. Depths in units.
+template <class W>
+inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const float* panel, int64_t count, float* room,
+                          float* sums_of) {
+  for (int64_t at = 0; at < depth; at += kPanelDepth) {
+    const int64_t deep = std::min(kPanelDepth, depth - at);
+    const float* from = panel + at * count;
+    if (count < kPanelColumns) {
+      for (int64_t k = 0; k < deep; ++k) std::memcpy(room + k * kPanelColumns, from + k * count, count * sizeof(float));
+      from = room;
+    }
+    for (int64_t r = 0; r < rows; r += kPanelRows)
+      multiply_panel_of<W>(std::min(kPanelRows, rows - r), x + r * depth + at, depth, from, deep, at == 0,
+                           sums_of + r * kPanelColumns);
+  }
+}
+
+// The depth is a whole number of units.
+template <class W, class T, class Y>
+void multiply_panels(xla::ffi::ThreadPool& pool, const Product& product, const T* x, const W* w, Y* y) {
+  using X = typename Unit<W>::X;
+  const int64_t rows = product.rows, columns = product.columns, depth = product.depth / Unit<W>::kValues;
+  static thread_local std::vector<X> room;
+  const void* prepared = x;
+  if (!std::is_same_v<T, X> || product.norm) {
+    room.resize(rows * product.depth);
+    constexpr int64_t kRows = 16;
+    parallel_for(pool, (rows + kRows - 1) / kRows, [&, to = room.data()](int64_t item) {
+      static thread_local std::vector<float> floats;
+      floats.resize(product.depth);
+      for (int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
+        round_floats(floats_of(product, x + r * product.depth, floats.data()), product.depth, to + r * product.depth);
+    });
+    prepared = room.data();
+  }
+  const auto *from = static_cast<const float*>(prepared), *panels = reinterpret_cast<const float*>(w);
+  const bool few = rows <= kFewPanelRows;
+  const int64_t wanted = few ? columns / (kPanelItems * pool.num_threads()) : kPanelColumns;
+  const int64_t each = std::max<int64_t>(1, wanted / kPanelColumns) * kPanelColumns;
+  parallel_for(pool, (columns + each - 1) / each, [&](int64_t item) {
+    static thread_local std::vector<float> item_room;
+    const int64_t panel_size = std::min(depth, kPanelDepth) * kPanelColumns, sums_size = rows * kPanelColumns;
+    item_room.resize(panel_size + 2 * sums_size);
+    float *const panel = item_room.data(), *const sums_of = panel + panel_size, *const ups = sums_of + sums_size;
+    for (int64_t c = item * each; c < std::min(columns, (item + 1) * each); c += kPanelColumns) {
+      const int64_t count = std::min(kPanelColumns, columns - c);
+      multiply_rows<W>(rows, depth, from, panels + c * depth, count, panel, sums_of);
+      if (product.gated) multiply_rows<W>(rows, depth, from, panels + (columns + c) * depth, count, panel, ups);
+      for (int64_t r = 0; r < rows; ++r)
+        finish_row(product, r, c, sums_of + r * kPanelColumns, ups + r * kPanelColumns, count, y);
+    }
+  });
+}
+
+}  // namespace jaxserve
+#endif
