@@ -28,6 +28,7 @@ CONNECT_TIMEOUT_S = 5.0
 _OWN_CLUSTER = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's own ports on 127.0.0.1, on Linux too
     "RAY_AUTH_MODE": "token",  # and there for this user alone
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",  # 5 s are too short on busy cores: proxies are killed and made anew
 }
 
 

@@ -16,7 +16,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
+from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus
 
 from jaxserve import errors
 from jaxserve.config import Config
@@ -31,6 +31,7 @@ OBJECT_STORE_BYTES = 128 * 1024**2  # of a cluster of our own; requests and answ
 _HEAD = "node:__internal_head__"  # the head node's own resource
 _POLL_S = 0.3
 _END_AT_ONCE_S = 5.0
+_PROXY_TIMEOUT_S = 120.0
 _DRAIN_GRACE_S = 10.0  # on top of what the API servers need
 _USER_ERRORS = ("ConfigError", "CheckpointError", "TokenizerError")
 _USER_ERROR = re.compile(rf"jaxserve\.errors\.({'|'.join(_USER_ERRORS)}): (.+)")
@@ -85,8 +86,14 @@ class Session:
             raise ConfigError(
                 "Ray Serve runs on this cluster already, at an address of its own; end it first ('serve shutdown')"
             )
-        serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=server.host, port=port), SERVE_LOGGING)
         self._is_deployed = True
+        try:
+            _start_serve(server.host, port)
+        except (RayError, TimeoutError) as error:  # of a proxy, which Serve replaces by itself
+            logger.warning(
+                "Ray Serve's proxy is slow to start: %s", (str(error) or type(error).__name__).splitlines()[0]
+            )
+            _start_serve(server.host, port)  # joins what runs
         serve.run_many(
             [serve.RunTarget(application, APP_NAME, server.root_path or "/", SERVE_LOGGING)],
             wait_for_ingress_deployment_creation=False,
@@ -95,6 +102,11 @@ class Session:
         while (app := serve.status().applications[APP_NAME]).status is not ApplicationStatus.RUNNING:
             _check_progress(app)
             self._say_news(on_progress)
+            time.sleep(_POLL_S)
+        deadline_s = time.monotonic() + _PROXY_TIMEOUT_S
+        while any(status is not ProxyStatus.HEALTHY for status in serve.status().proxies.values()):
+            if time.monotonic() >= deadline_s:
+                raise JaxserveError(f"Ray Serve's HTTP proxy is not ready {_PROXY_TIMEOUT_S:.0f} s after the engines")
             time.sleep(_POLL_S)
 
     def watch(self, on_progress: Callable[[str], None]) -> None:
@@ -142,6 +154,10 @@ class Session:
             ending.start()
             ending.join(_END_AT_ONCE_S if at_once else None)  # Serve goes on by itself
         ray.shutdown()
+
+
+def _start_serve(host: str, port: int) -> None:
+    serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), SERVE_LOGGING)
 
 
 def with_absolute_paths(config: Config) -> Config:
