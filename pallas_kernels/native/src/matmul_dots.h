@@ -62,10 +62,11 @@ void multiply_dots(xla::ffi::ThreadPool& pool, const Product& product, const T* 
   using X = typename Dot<W>::X;
   const int64_t rows = product.rows, depth = product.depth, columns = product.columns;
   const int64_t stride = prepared_depth<W>(depth);
+  constexpr bool is_ready = std::is_same_v<T, X> && std::is_same_v<T, W>;  // not floats that are to be rounded
   const X* prepared;
   std::vector<X> room;
-  if constexpr (std::is_same_v<T, X>) prepared = x;
-  if (!std::is_same_v<T, X> || stride != depth || product.norm) {
+  if constexpr (is_ready) prepared = x;
+  if (!is_ready || stride != depth || product.norm) {
     room.resize(rows * stride);
     constexpr int64_t kRows = 16;
     parallel_for(pool, (rows + kRows - 1) / kRows, [&](int64_t item) {
