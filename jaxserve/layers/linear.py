@@ -79,7 +79,7 @@ class Linear(nnx.Module):
         matrix_axes: int | None = None,
     ) -> None:
         """`matrix_axes`: how many last axes of the weight one product takes, where not all of them."""
-        self.panels = numerics.panels and in_features % 2 == 0
+        self.panels = bool(numerics.panel_columns) and in_features % 2 == 0
         panels = (matrix_axes or len(axes)) if self.panels else None
         self.weight = parameter((*out_shape, in_features), axes, numerics.weights, matrix_axes=panels)
         self.bias = parameter(out_shape, axes[:-1], numerics.weights) if bias else None

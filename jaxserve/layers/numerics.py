@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.matmul.op import MatmulImplementation
-from pallas_kernels.native import has_panels
+from pallas_kernels.native import panel_columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +24,7 @@ class Numerics:
     activations: DTypeLike = jnp.float32
     products: MatmulImplementation = "xla"
     gated: DTypeLike = jnp.float32  # of what a gated product gives to the next one, which rounds it in any case
-    panels: bool = False  # whether weights of linear layers lie in panels, see `to_panels`
+    panel_columns: int = 0  # if not 0, weights of linear layers lie in panels of so many rows, see `to_panels`
 
     @classmethod
     def for_platform(cls, platform: str, weights: DTypeLike, *, native: bool = False) -> Numerics:
@@ -32,6 +32,11 @@ class Numerics:
         if platform != "cpu":
             return cls(weights=weights, activations=weights, gated=weights)
         if native:
-            panels = has_panels(weights)
-            return cls(weights=weights, activations=jnp.float32, gated=weights, products="native_cpu", panels=panels)
+            return cls(
+                weights=weights,
+                activations=jnp.float32,
+                gated=weights,
+                products="native_cpu",
+                panel_columns=panel_columns(weights),
+            )
         return cls(weights=weights, activations=jnp.float32, products="xla_cpu")

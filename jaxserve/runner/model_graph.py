@@ -78,7 +78,7 @@ class ModelGraph:
         if matrix_axes is None:
             return value
         matrices = value.reshape(*value.shape[: value.ndim - matrix_axes], -1, value.shape[-1])
-        return to_panels(matrices).reshape(value.shape)
+        return to_panels(matrices, self.numerics.panel_columns).reshape(value.shape)
 
     def weight_rules(self) -> list[WeightRule]:
         """How every parameter is made of a checkpoint."""

@@ -26,7 +26,7 @@ def matmul_native_cpu(
 
 def matmul_panels(x: jax.Array, weight: jax.Array, out_dtype: jax.typing.DTypeLike, around: Surroundings) -> jax.Array:
     """The same with a weight in panels, of any number of tokens."""
-    if not native.has_panels(weight.dtype):
+    if not native.panel_columns(weight.dtype):
         raise NotImplementedError(f"this processor takes no weights of {weight.dtype} in panels")
     return _call(x, weight, out_dtype, around, panels=True)
 

@@ -43,8 +43,8 @@ def matmul(
     With `norm`, x is `x / sqrt(mean(x^2) + epsilon) * norm` first. With a weight of three axes, y is
     `silu(x @ weight[0].T) * (x @ weight[1].T)`. With `residual`, y is added to it.
 
-    With `panels`, the weight's values lie as `to_panels(weight)` has them: for "native_cpu", where
-    `native.has_panels(weight.dtype)`.
+    With `panels`, the weight's values lie as `to_panels(weight, native.panel_columns(weight.dtype))` has them: for
+    "native_cpu", where these are not 0.
 
     "xla" runs anywhere; "xla_cpu" does too, and is shaped for what XLA:CPU does well. "native_cpu" wants float32 or
     bfloat16 weights, `native.load()` to work on this machine, and both operands whole on one device.

@@ -32,10 +32,10 @@ def has_tiles() -> bool:
     return bool(load().jaxserve_has_tiles())
 
 
-def has_panels(dtype: jax.typing.DTypeLike) -> bool:
-    """Whether `matmul` takes weights of this dtype in panels on this processor."""
+def panel_columns(dtype: jax.typing.DTypeLike) -> int:
+    """How many rows of weights of this dtype make a panel on this processor; 0: `matmul` does not take them so."""
     dtype = jnp.dtype(dtype)
-    return dtype in (jnp.float32, jnp.bfloat16) and bool(load().jaxserve_has_panels(dtype.itemsize))
+    return load().jaxserve_panel_columns(dtype.itemsize) if dtype in (jnp.float32, jnp.bfloat16) else 0
 
 
 def call(name: str, results: Any, *args: jax.Array, aliases: dict[int, int] | None = None, **settings: Any) -> Any:

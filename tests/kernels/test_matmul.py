@@ -39,7 +39,7 @@ def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32):
     """The product with what `around` names; a gate takes both halves of the weight [2, ..], others one matrix."""
     matrix = weight if "gate" in around else weight.reshape(-1, weight.shape[-1])
     if kind == "panels":
-        matrix = jnp.asarray(to_panels(np.asarray(matrix)))
+        matrix = jnp.asarray(to_panels(np.asarray(matrix), native.panel_columns(matrix.dtype)))
     return matmul(
         x,
         matrix,
@@ -53,7 +53,7 @@ def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32):
 
 
 def skip_where_there_are_no_panels(kind, dtype):
-    if kind == "panels" and not native.has_panels(dtype):
+    if kind == "panels" and not native.panel_columns(dtype):
         pytest.skip(f"no panels of {dtype} on this processor")
 
 
@@ -111,7 +111,7 @@ def test_weights_in_panels_agree_with_the_reference(case):
     x, weight = make_inputs(case)
     y = matmul(
         x,
-        jnp.asarray(to_panels(np.asarray(weight))),
+        jnp.asarray(to_panels(np.asarray(weight), native.panel_columns(weight.dtype))),
         out_dtype=jnp.float32,
         implementation="native_cpu",
         panels=True,

@@ -41,7 +41,7 @@ inline void add_values(const float* p, const W* const* v, int64_t count, float* 
     for (int i = 0; i < Vecs; ++i) values[i] = load_floats(v[at] + i * kLanes);
     for (int r = 0; r < Rows; ++r) {
       const Vec weight = broadcast(p[r * kChunk + at]);
-      for (int i = 0; i < Vecs; ++i) sums_of[r][i] += weight * values[i];
+      for (int i = 0; i < Vecs; ++i) sums_of[r][i] = multiply_add(sums_of[r][i], weight, values[i]);
     }
   }
   for (int r = 0; r < Rows; ++r)

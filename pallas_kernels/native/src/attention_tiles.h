@@ -73,9 +73,7 @@ inline Vec visible_scores(const Batch& batch, Vec score, IntVec query, IntVec po
     for (int i = 0; i < kLanes; ++i) score[i] = batch.soft_cap * std::tanh(score[i] / batch.soft_cap);
   IntVec visible = query >= position;
   if (batch.window) visible &= query - static_cast<int32_t>(batch.window) < position;
-  score = visible ? score : broadcast(kMasked);
-  asm volatile("" : "+v"(score));  // or the compiler may fuse the scaling with what follows, here and not there
-  return score;
+  return visible ? score : broadcast(kMasked);
 }
 inline Vec weights_of(Vec score, Vec highest) {
   return score > broadcast(kMasked) ? exp_negative(score - highest) : Vec{};

@@ -16,7 +16,7 @@ struct Widening {  // W is float, or uint16_t for bfloat16; products of floats
   static X prepare(float x) { return std::is_same_v<W, float> ? x : widen(round_to_bf16(x)); }
   static Loaded load_x(const X* p) { return load<Vec>(p); }
   static Loaded load_w(const W* p) { return load_floats(p); }
-  static Vec multiply_add(Vec sum, Loaded x, Loaded w) { return sum + x * w; }
+  static Vec add(Vec sum, Loaded x, Loaded w) { return multiply_add(sum, x, w); }
 };
 
 #if defined(__AVX512BF16__)
@@ -27,7 +27,7 @@ struct Pairs {  // products of bfloat16 by vdpbf16ps, which adds pairs in float3
   static X prepare(float x) { return round_to_bf16(x); }
   static Loaded load_x(const X* p) { return load<__m512bh>(p); }
   static Loaded load_w(const uint16_t* p) { return load<__m512bh>(p); }
-  static Vec multiply_add(Vec sum, Loaded x, Loaded w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, x, w); }
+  static Vec add(Vec sum, Loaded x, Loaded w) { return (Vec)_mm512_dpbf16_ps((__m512)sum, x, w); }
 };
 template <class W>
 using Dot = std::conditional_t<std::is_same_v<W, float>, Widening<float>, Pairs>;
@@ -64,7 +64,7 @@ inline void dots(const typename Dot<W>::X* x, int64_t x_stride, const W* const* 
   auto step = [&](int64_t at, const typename D::Loaded* weights) {
     for (int r = 0; r < Rows; ++r) {
       const auto values = D::load_x(x + r * x_stride + at);
-      for (int c = 0; c < Columns; ++c) sums_of[r][c] = D::multiply_add(sums_of[r][c], values, weights[c]);
+      for (int c = 0; c < Columns; ++c) sums_of[r][c] = D::add(sums_of[r][c], values, weights[c]);
     }
   };
   for (int64_t at = 0; at < whole; at += D::kStep) {

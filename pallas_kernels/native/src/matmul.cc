@@ -14,15 +14,12 @@ extern "C" int jaxserve_has_tiles() {
 #endif
 }
 
-// Whether weights of so many bytes a value may lie in panels; bfloat16 ones only where they gain by it.
-extern "C" int jaxserve_has_panels(int bytes) {
-#if JAXSERVE_PANELS && defined(__AVX512BF16__)
-  return bytes == 4 || (bytes == 2 && !jaxserve_has_tiles());
-#elif JAXSERVE_PANELS
-  return bytes == 4;
-#else
-  return 0;
+// How many rows of weights of so many bytes a value make a panel; 0: they are not to lie in panels.
+extern "C" int jaxserve_panel_columns(int bytes) {
+#if JAXSERVE_PANELS
+  if (bytes == 4 || (bytes == 2 && !jaxserve_has_tiles())) return kPanelColumns;
 #endif
+  return 0;
 }
 
 namespace {
@@ -36,9 +33,7 @@ void multiply(ffi::ThreadPool& pool, const Product& product, const void* x_data,
   const W* w = static_cast<const W*>(w_data);
   Y* y = static_cast<Y*>(y_data);
 #if JAXSERVE_PANELS
-  if constexpr (std::is_same_v<typename Unit<W>::X, W>) {
-    if (panels) return multiply_panels(pool, product, x, w, y);
-  }
+  if (panels) return multiply_panels(pool, product, x, w, y);
 #endif
 #if JAXSERVE_TILES
   if constexpr (!std::is_same_v<W, float>) {
@@ -73,7 +68,7 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const void *const from = x.untyped_data(), *const weights = w.untyped_data();
   void* const to = y->untyped_data();
   if (product.norm && !wide_x) return ffi::Error::InvalidArgument("matmul: rows to be normalised must be float32");
-  if (panels && !jaxserve_has_panels(w.element_type() == ffi::F32 ? 4 : 2))
+  if (panels && !jaxserve_panel_columns(w.element_type() == ffi::F32 ? 4 : 2))
     return ffi::Error::InvalidArgument("matmul: this processor does not take these weights in panels");
   if (w.element_type() == ffi::F32) {
     if (!wide_x || !wide_y) return ffi::Error::InvalidArgument("matmul: float32 weights want and give float32");

@@ -1,9 +1,10 @@
-// y = x @ w.T of weights that lie in panels of 32 rows, each [depth, 32]; the last may be narrower.
+// y = x @ w.T of weights that lie in panels of as many rows as two vectors hold, 32 by AVX-512 and 16 by AVX2: each
+// [depth, 32]; the last may be narrower.
 //
-//   sums [14 rows of x, 32] += x [14, k] * panel [k, 32]     for k = 0, 1, ..
+//   sums [14 rows of x, 32] += x [14, k] * panel [k, 32]     for k = 0, 1, ..     by AVX2 [6, 16]
 //
-// Of bfloat16, k counts pairs of values, which vdpbf16ps multiplies and adds. Each sum takes its terms in that order, so
-// a row's result does not depend on its batch.
+// Of bfloat16, k counts pairs of values, which vdpbf16ps multiplies and adds; without it they are widened and take their
+// turns. Each sum takes its terms in that order, so a row's result does not depend on its batch.
 #pragma once
 
 #include <algorithm>
@@ -12,36 +13,59 @@
 #include "parallel.h"
 #include "product.h"
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define JAXSERVE_PANELS 1
 
 namespace jaxserve {
 
 constexpr int64_t kPanelColumns = 2 * kLanes;
-constexpr int64_t kPanelRows = 14;       // of x: sums in 28 registers
-constexpr int64_t kPanelDepth = 2048;    // units: what is used of a panel at a time stays in the core's own cache
-constexpr int64_t kPanelItems = 6;       // a thread, where rows of x are few and the columns suffice
+#if defined(__AVX512F__)
+constexpr int64_t kPanelRows = 14;     // of x: sums in 28 of 32 registers
+#else
+constexpr int64_t kPanelRows = 6;      // in 12 of 16
+#endif
+constexpr int64_t kPanelDepth = 2048;  // units: what is used of a panel at a time stays in the core's own cache
+constexpr int64_t kPanelItems = 6;     // a thread, where rows of x are few and the columns suffice
 constexpr int64_t kFewPanelRows = 64;
 
-// What stands at one k: a float, or a pair of bfloat16 values in the bits of one.
+// What stands at one k: a float, or a pair of bfloat16 values in the bits of one. kParts: how many values of x it takes,
+// each in the bits of a float.
 template <class W>
 struct Unit {
   using X = float;
-  static constexpr int64_t kValues = 1;
-  static Vec multiply_add(Vec sum, float x, Vec w) { return sum + broadcast(x) * w; }
+  static constexpr int64_t kValues = 1, kParts = 1;
+  static void prepare(const float* from, int64_t count, float* to) { std::copy(from, from + count, to); }
+  static Vec part(Vec w, int) { return w; }
+  static Vec add(Vec sum, Vec x, Vec w) { return multiply_add(sum, x, w); }
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Unit<uint16_t> {
   using X = uint16_t;
-  static constexpr int64_t kValues = 2;
-  static Vec multiply_add(Vec sum, float x, Vec w) {
-    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)broadcast(x), (__m512bh)w);
+  static constexpr int64_t kValues = 2, kParts = 1;
+  static void prepare(const float* from, int64_t count, uint16_t* to) { round_floats(from, count, to); }
+  static Vec part(Vec w, int) { return w; }
+  static Vec add(Vec sum, Vec x, Vec w) {
+    return (Vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
   }
+};
+#else
+template <>
+struct Unit<uint16_t> {
+  using X = float;
+  static constexpr int64_t kValues = 2, kParts = 2;
+  static void prepare(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] = widen(round_to_bf16(from[i]));
+  }
+  static Vec part(Vec w, int i) {
+    const BitVec bits = bits_as<BitVec>(w);
+    return bits_as<Vec>(i == 0 ? bits << 16 : bits & 0xffff0000u);
+  }
+  static Vec add(Vec sum, Vec x, Vec w) { return multiply_add(sum, x, w); }
 };
 #endif
 
-// sums [Rows, 32] of x [Rows, stride] and a panel; goes on from what is there unless `begins`.
+// sums [Rows, 32] of x [Rows, stride] and a panel of `depth` units; goes on from what is there unless `begins`.
 template <class W, int Rows>
 inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t depth, bool begins,
                            float* sums_of) {
@@ -52,13 +76,17 @@ inline void multiply_panel(const float* x, int64_t stride, const float* panel, i
   }
   const float* rows[(Rows + 2) / 3];  // three rows a pointer: what addresses can add
   for (int i = 0; i < (Rows + 2) / 3; ++i) rows[i] = x + 3 * i * stride;
+  constexpr int kParts = Unit<W>::kParts;
   for (int64_t k = 0; k < depth; ++k, panel += kPanelColumns) {
-    const Vec first = load<Vec>(panel), second = load<Vec>(panel + kLanes);
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      const Vec first = Unit<W>::part(load<Vec>(panel), part), second = Unit<W>::part(load<Vec>(panel + kLanes), part);
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) {
-      const float value = rows[r / 3][r % 3 * stride + k];
-      low[r] = Unit<W>::multiply_add(low[r], value, first);
-      high[r] = Unit<W>::multiply_add(high[r], value, second);
+      for (int r = 0; r < Rows; ++r) {
+        const Vec value = broadcast(rows[r / 3][r % 3 * stride + k * kParts + part]);
+        low[r] = Unit<W>::add(low[r], value, first);
+        high[r] = Unit<W>::add(high[r], value, second);
+      }
     }
   }
   for (int r = 0; r < Rows; ++r) {
@@ -82,6 +110,7 @@ inline void multiply_panel_of(int64_t rows, const float* x, int64_t stride, cons
 template <class W>
 inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const float* panel, int64_t count, float* room,
                           float* sums_of) {
+  constexpr int64_t kParts = Unit<W>::kParts;
   for (int64_t at = 0; at < depth; at += kPanelDepth) {
     const int64_t deep = std::min(kPanelDepth, depth - at);
     const float* from = panel + at * count;
@@ -90,8 +119,8 @@ inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const flo
       from = room;
     }
     for (int64_t r = 0; r < rows; r += kPanelRows)
-      multiply_panel_of<W>(std::min(kPanelRows, rows - r), x + r * depth + at, depth, from, deep, at == 0,
-                           sums_of + r * kPanelColumns);
+      multiply_panel_of<W>(std::min(kPanelRows, rows - r), x + (r * depth + at) * kParts, depth * kParts, from, deep,
+                           at == 0, sums_of + r * kPanelColumns);
   }
 }
 
@@ -102,14 +131,17 @@ void multiply_panels(xla::ffi::ThreadPool& pool, const Product& product, const T
   const int64_t rows = product.rows, columns = product.columns, depth = product.depth / Unit<W>::kValues;
   static thread_local std::vector<X> room;
   const void* prepared = x;
-  if (!std::is_same_v<T, X> || product.norm) {
+  constexpr bool is_ready = std::is_same_v<T, X> && std::is_same_v<T, W>;  // not floats that are to be rounded
+  if (!is_ready || product.norm) {
     room.resize(rows * product.depth);
     constexpr int64_t kRows = 16;
     parallel_for(pool, (rows + kRows - 1) / kRows, [&, to = room.data()](int64_t item) {
       static thread_local std::vector<float> floats;
       floats.resize(product.depth);
-      for (int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r)
-        round_floats(floats_of(product, x + r * product.depth, floats.data()), product.depth, to + r * product.depth);
+      for (int64_t r = item * kRows; r < std::min(rows, (item + 1) * kRows); ++r) {
+        const float* row = floats_of(product, x + r * product.depth, floats.data());
+        Unit<W>::prepare(row, product.depth, to + r * product.depth);
+      }
     });
     prepared = room.data();
   }

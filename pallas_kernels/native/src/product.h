@@ -21,7 +21,7 @@ inline const float* floats_of(const Product& product, const float* x, float* roo
   if (!product.norm) return x;
   const int64_t whole = product.depth / kLanes * kLanes;
   Vec squares = {};
-  for (int64_t i = 0; i < whole; i += kLanes) squares += load<Vec>(x + i) * load<Vec>(x + i);
+  for (int64_t i = 0; i < whole; i += kLanes) squares = multiply_add(squares, load<Vec>(x + i), load<Vec>(x + i));
   float total = sum(squares);
   for (int64_t i = whole; i < product.depth; ++i) total += x[i] * x[i];
   const float scale = 1.0f / std::sqrt(total / static_cast<float>(product.depth) + product.epsilon);
@@ -51,8 +51,7 @@ inline void store_floats(uint16_t* p, Vec v) {
 #endif
 }
 
-// A row of x in what it is multiplied as.
-inline void round_floats(const float* from, int64_t count, float* to) { std::copy(from, from + count, to); }
+// A row of x in bfloat16.
 inline void round_floats(const float* from, int64_t count, uint16_t* to) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_floats(to + i, load<Vec>(from + i));

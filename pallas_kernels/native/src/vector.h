@@ -4,9 +4,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace jaxserve {
@@ -48,8 +51,24 @@ inline void store(T* p, V v) {
 inline Vec broadcast(float x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_set1_ps(x);  // of a value in memory a load alone, where Vec{} + x takes a port of the multipliers
+#elif defined(__AVX__)
+  return (Vec)_mm256_set1_ps(x);
 #else
   return Vec{} + x;
+#endif
+}
+
+// sum + x * w, rounded once where the machine can. Compilers are told not to fuse by themselves (build.py): they do it
+// here and not there, by what stands around, and a row's bits would depend on its batch.
+inline Vec multiply_add(Vec sum, Vec x, Vec w) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)x, (__m512)w, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+  return (Vec)_mm256_fmadd_ps((__m256)x, (__m256)w, (__m256)sum);
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return (Vec)vfmaq_f32((float32x4_t)sum, (float32x4_t)x, (float32x4_t)w);
+#else
+  return sum + x * w;
 #endif
 }
 
@@ -85,15 +104,12 @@ inline Vec exp_negative(Vec x) {
   const IntVec is_tiny = x < lowest;
   x = is_tiny ? lowest : x;
   const Vec shift = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
-  const Vec n = (x * 1.44269504088896341f + shift) - shift;
-  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  const Vec n = multiply_add(shift, x, broadcast(1.44269504088896341f)) - shift;
+  const Vec r = multiply_add(multiply_add(x, n, broadcast(-0.693359375f)), n, broadcast(2.12194440e-4f));
   Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = multiply_add(broadcast(c), p, r);
+  p = multiply_add(r, p, r * r) + 1.0f;
   const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
   return is_tiny ? Vec{} : p * bits_as<Vec>(exponent);
 }
