@@ -25,6 +25,7 @@ constexpr int64_t kPanelRows = 14;     // of x: sums in 28 of 32 registers
 constexpr int64_t kPanelRows = 6;      // in 12 of 16
 #endif
 constexpr int64_t kPanelDepth = 2048;  // units: what is used of a panel at a time stays in the core's own cache
+constexpr int64_t kFewDepth = 256;     // where rows of x are few: in its nearest, and what comes next is asked for
 constexpr int64_t kPanelItems = 6;     // a thread, where rows of x are few and the columns suffice
 constexpr int64_t kFewPanelRows = 64;
 
@@ -66,9 +67,10 @@ struct Unit<uint16_t> {
 #endif
 
 // sums [Rows, 32] of x [Rows, stride] and a panel of `depth` units; goes on from what is there unless `begins`.
+// Meanwhile the processor fetches what lies `ahead` floats further on, if anything.
 template <class W, int Rows>
-inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t depth, bool begins,
-                           float* sums_of) {
+inline void multiply_panel(const float* x, int64_t stride, const float* panel, int64_t depth, int64_t ahead,
+                           bool begins, float* sums_of) {
   Vec low[Rows], high[Rows];
   for (int r = 0; r < Rows; ++r) {
     low[r] = begins ? Vec{} : load<Vec>(sums_of + r * kPanelColumns);
@@ -78,6 +80,8 @@ inline void multiply_panel(const float* x, int64_t stride, const float* panel, i
   for (int i = 0; i < (Rows + 2) / 3; ++i) rows[i] = x + 3 * i * stride;
   constexpr int kParts = Unit<W>::kParts;
   for (int64_t k = 0; k < depth; ++k, panel += kPanelColumns) {
+    if (ahead)
+      for (int64_t i = 0; i < kPanelColumns; i += 64 / sizeof(float)) __builtin_prefetch(panel + ahead + i, 0, 3);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       const Vec first = Unit<W>::part(load<Vec>(panel), part), second = Unit<W>::part(load<Vec>(panel + kLanes), part);
@@ -97,11 +101,11 @@ inline void multiply_panel(const float* x, int64_t stride, const float* panel, i
 
 template <class W, int Rows = kPanelRows>
 inline void multiply_panel_of(int64_t rows, const float* x, int64_t stride, const float* panel, int64_t depth,
-                              bool begins, float* sums_of) {
+                              int64_t ahead, bool begins, float* sums_of) {
   if (rows == Rows) {
-    multiply_panel<W, Rows>(x, stride, panel, depth, begins, sums_of);
+    multiply_panel<W, Rows>(x, stride, panel, depth, ahead, begins, sums_of);
   } else if constexpr (Rows > 1) {
-    multiply_panel_of<W, Rows - 1>(rows, x, stride, panel, depth, begins, sums_of);
+    multiply_panel_of<W, Rows - 1>(rows, x, stride, panel, depth, ahead, begins, sums_of);
   }
 }
 
@@ -111,8 +115,10 @@ template <class W>
 inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const float* panel, int64_t count, float* room,
                           float* sums_of) {
   constexpr int64_t kParts = Unit<W>::kParts;
-  for (int64_t at = 0; at < depth; at += kPanelDepth) {
-    const int64_t deep = std::min(kPanelDepth, depth - at);
+  const bool few = rows > 1 && rows <= kFewPanelRows;  // a single one passes over the panel once, in order
+  const int64_t most = few ? kFewDepth : kPanelDepth, ahead = few ? kFewDepth * kPanelColumns : 0;
+  for (int64_t at = 0; at < depth; at += most) {
+    const int64_t deep = std::min(most, depth - at);
     const float* from = panel + at * count;
     if (count < kPanelColumns) {
       for (int64_t k = 0; k < deep; ++k) std::memcpy(room + k * kPanelColumns, from + k * count, count * sizeof(float));
@@ -120,7 +126,7 @@ inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const flo
     }
     for (int64_t r = 0; r < rows; r += kPanelRows)
       multiply_panel_of<W>(std::min(kPanelRows, rows - r), x + (r * depth + at) * kParts, depth * kParts, from, deep,
-                           at == 0, sums_of + r * kPanelColumns);
+                           ahead, at == 0, sums_of + r * kPanelColumns);
   }
 }
 
