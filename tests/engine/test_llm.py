@@ -56,6 +56,37 @@ def test_one_prompt_may_come_without_a_list(llm):
     assert llm.generate([], params, use_tqdm=False) == []
 
 
+def test_prompts_may_be_dicts_as_in_vllm(llm):
+    params = SamplingParams(max_tokens=2)
+    forms = [{"prompt": "ab"}, {"prompt_token_ids": [3, 4]}, "cd", (5, 6)]
+
+    outputs = llm.generate(forms, params, use_tqdm=False)
+
+    assert [output.prompt for output in outputs] == ["ab", None, "cd", None]
+    assert [output.prompt_token_ids for output in outputs][1::2] == [[3, 4], [5, 6]]
+    assert [llm.generate(form, params, use_tqdm=False)[0].prompt_token_ids for form in forms] == [
+        output.prompt_token_ids for output in outputs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"text": "ab"}, "must have the key 'prompt' or 'prompt_token_ids' and no other, got 'text'"),
+        ([{"prompt": "ab", "multi_modal_data": {}}], "and no other, got 'prompt', 'multi_modal_data'"),
+        ({"prompt": [1]}, "'prompt' of a prompt must be text, got list"),
+        ({"prompt_token_ids": "ab"}, "'prompt_token_ids' of a prompt must be a list of token ids, got str"),
+        (["ab", 5], "a prompt must be text, a list of token ids, .*, got int"),
+        (5, "prompts must be text, .* or a list of such, got int"),
+        (b"ab", "prompts must be text, .* or a list of such, got bytes"),
+        (None, "prompts must be text, .* or a list of such, got NoneType"),
+    ],
+)
+def test_a_prompt_of_another_form_is_refused(llm, prompts, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(prompts, use_tqdm=False)
+
+
 def test_n_and_stop_strings_work_as_on_the_server(llm):
     [output] = llm.generate("abc", SamplingParams(n=2, stop=["ca"]), use_tqdm=False)
 
