@@ -56,9 +56,10 @@ class LLM:
             config = config.with_values(**settings, **({} if model is None else {"model": model}))
         self.config = config
         self.tokenizer = load_tokenizer(config.model)
+        path = config.model.chat_template
+        self._chat_template = None if path is None else ChatTemplate.of_tokenizer(self.tokenizer, path=Path(path))
         self._engine: InProcessEngine | None = InProcessEngine(config, core or _start_core(config), self.tokenizer)
         self._default_params = _default_params(self._engine.core_info.default_sampling)
-        self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()
 
     def __enter__(self) -> Self:
@@ -163,8 +164,7 @@ class LLM:
 
     def _template(self) -> ChatTemplate:
         if self._chat_template is None:
-            path = self.config.model.chat_template
-            template = ChatTemplate.of_tokenizer(self.tokenizer, path=None if path is None else Path(path))
+            template = ChatTemplate.of_tokenizer(self.tokenizer)
             if template is None:
                 raise ChatTemplateError("the model has no chat template; pass chat_template, or use generate")
             self._chat_template = template

@@ -6,7 +6,14 @@ import sys
 import pytest
 
 from jaxserve import LLM, SamplingParams
-from jaxserve.errors import ChatTemplateError, ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
+from jaxserve.errors import (
+    ChatTemplateError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    TokenizerError,
+)
 from jaxserve.outputs import FinishReason
 from tests.engine.fake_core import CRASH, FAIL_ROW, FakeCore, expected_tokens
 
@@ -137,6 +144,12 @@ def test_a_conversation_goes_through_the_template(llm):
     assert (
         len(llm.chat([messages, messages], SamplingParams(max_tokens=1), chat_template=TEMPLATE, use_tqdm=False)) == 2
     )
+
+
+def test_a_bad_chat_template_is_named_before_the_engine_starts(make_config, tmp_path):
+    config = make_config({}, chat_template=str(tmp_path / "absent.jinja"))
+    with pytest.raises(TokenizerError, match="cannot read the chat template"):
+        LLM(config=config)
 
 
 def test_a_model_without_a_template_cannot_chat(llm):
