@@ -162,7 +162,7 @@ class RequestPreparer:
         completed = replace(
             params,
             max_tokens=max_tokens,
-            seed=self._seeds.randrange(SEED_LIMIT) if params.seed is None else params.seed,
+            seed=self._seeds.randrange(SEED_LIMIT) if params.seed in (None, -1) else params.seed,
             bad_words_token_ids=self._bad_words_token_ids(params),
         )
         self._check_a_token_is_left(completed)

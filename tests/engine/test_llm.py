@@ -99,6 +99,8 @@ def test_n_and_stop_strings_work_as_on_the_server(llm):
 
     assert [completion.text for completion in output.outputs] == ["ab", "ab"]
     assert [completion.stop_reason for completion in output.outputs] == ["ca", "ca"]
+    [output] = llm.generate("abc", SamplingParams(stop="ca"), use_tqdm=False)
+    assert output.outputs[0].stop_reason == "ca"
 
 
 def test_more_prompts_than_the_queue_takes_are_fed_as_it_empties(make_llm):

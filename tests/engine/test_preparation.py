@@ -134,6 +134,13 @@ def test_a_request_without_a_seed_gets_one_that_json_keeps_exact(prepare):
     assert all(0 <= seed < SEED_LIMIT for seed in seeds)
 
 
+def test_a_negative_seed_is_one_of_the_others_and_minus_one_is_none(prepare):
+    sequences = prepare(n=2, seed=-(2**63)).sequences
+
+    assert [sequence.sampling_params.seed for sequence in sequences] == [2**63, 2**63 + 1]
+    assert len({prepare(seed=-1).params.seed for _ in range(5)}) == 5
+
+
 def test_n_sequences_have_seeds_in_a_row_and_share_the_prompt(prepare):
     sequences = prepare(n=3, seed=7, prompt_logprobs=1).sequences
 
