@@ -1,11 +1,15 @@
 """`LLM` drives a core in this process; what it shares with the server is tested there."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import jaxserve
 from jaxserve import LLM, SamplingParams
+from jaxserve.config import load_config
 from jaxserve.errors import (
     ChatTemplateError,
     ConfigError,
@@ -166,6 +170,20 @@ def test_a_closed_llm_says_so(make_llm):
 
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("a", use_tqdm=False)
+
+
+def test_the_readmes_example_runs(llm, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from jaxserve import LLM.*?)```", readme, re.DOTALL)
+
+    def llm_with(**settings):
+        load_config(None, settings)  # they exist
+        return llm
+
+    monkeypatch.setattr(jaxserve, "LLM", llm_with)
+    exec(example, {})
+
+    assert capsys.readouterr().out == "The capi\n"  # the fake repeats its prompt
 
 
 def test_a_misspelt_setting_is_named():
