@@ -92,8 +92,8 @@ def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, T
 
 def _instant_runner(settings: SchedulerSettings, buckets: Buckets) -> ModelRunner:
     """The runner of a server on this machine, with its programs over `InstantModel`."""
-    config = instant_config(settings.max_model_len)
-    backend = choose_backend(config, dtype=np.float32, block_size=BLOCK_SIZE, mesh=make_mesh())
+    config, mesh = instant_config(settings.max_model_len), make_mesh()
+    backend = choose_backend(config, dtype=np.float32, block_size=BLOCK_SIZE, mesh=mesh)
     graph = ModelGraph(config, dtype=np.float32, backend=backend, family=InstantModel)
     shapes = ProgramShapes(
         buckets=buckets,
@@ -106,7 +106,7 @@ def _instant_runner(settings: SchedulerSettings, buckets: Buckets) -> ModelRunne
     programs.compile(variants=["greedy"])
     abstract = graph.abstract_params()
     params = {name: jax.device_put(np.zeros(p.shape, p.dtype), p.sharding) for name, p in abstract.items()}
-    caches = shapes.kv_spec.allocate(shapes.num_blocks, backend.mesh)
+    caches = shapes.kv_spec.allocate(shapes.num_blocks, mesh)
     return ModelRunner(LoadedModel(graph=graph, params=params, programs=programs, caches=caches), shapes)
 
 

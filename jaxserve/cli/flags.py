@@ -50,7 +50,7 @@ class Launch:
 class ConfigCommand(TyperCommand):
     """A command whose flags for lists take several values, as vLLM's do: `MODEL --served-model-name a b`."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse what is left when every value has a flag of its own."""
         lists = {option for parameter in self.params if parameter.multiple for option in parameter.opts}
         return super().parse_args(ctx, _one_value_a_flag(args, lists))
