@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from api import from_engine
-from api.reply import Reply, Usage, prompt_text
+from api.reply import Reply, Usage, finish_reason, prompt_text
 from api.schemas.base import StreamOptions
 from api.schemas.chat import ChatRequest
 from api.schemas.completion import CompletionRequest
@@ -148,6 +148,8 @@ class CompletionChunks(Chunks):
         """Return the events of one output; with `max_tokens=0` they hold the prompt alone."""
         if self._scores_prompt and prompt_index not in self._started:
             if output.prompt_logprobs is None:
+                for sequence in output.outputs:
+                    finish_reason(sequence)  # raises for one that was aborted: the scores will never come
                 self._held.setdefault(prompt_index, []).append(output)
                 return b""
             # The echoed prompt goes first, and what was held follows it.

@@ -6,25 +6,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from jaxserve.config_deploy import DeploySettings
 from jaxserve.config_file import read_launch_file, unknown_setting
 from jaxserve.config_parallel import ParallelSettings, check_parallel
 from jaxserve.config_speculative import SpeculativeSettings
-from jaxserve.config_values import Settings, as_tuple, describe_errors, parse_bytes, parse_integers, parse_object
+from jaxserve.config_values import Bytes, Count, Integers, JsonObject, Settings, Strings, describe_errors
 from jaxserve.errors import ConfigError
 
 API_KEY_VARIABLE = "JAXSERVE_API_KEY"
 REDACTED = "***"
-
-Bytes = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
-Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | list[str])]
-Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers, json_schema_input_type=int | str | list[int])]
-JsonObject = Annotated[dict[str, Any], BeforeValidator(parse_object, json_schema_input_type=str | dict[str, Any])]
 
 
 class ModelSettings(Settings):
@@ -42,8 +37,8 @@ class ModelSettings(Settings):
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = Field(
         default="auto", description="How weights are read; dummy makes random ones, for benchmarks."
     )
-    max_model_len: int | None = Field(
-        default=None, ge=1, description="Tokens of prompt and answer. [the model's context]"
+    max_model_len: Count | None = Field(
+        default=None, description="Tokens of prompt and answer, such as 8192, 8k or 8K. [the model's context]"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of dummy weights and of requests without their own.")
     chat_template: str | None = Field(
@@ -81,8 +76,8 @@ class CacheSettings(Settings):
 class SchedulerSettings(Settings):
     """Who runs when."""
 
-    max_num_batched_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens a step, over all requests of a model copy. [by device]"
+    max_num_batched_tokens: Count | None = Field(
+        default=None, description="Tokens a step, over all requests of a model copy. [by device]"
     )
     max_num_seqs: int | None = Field(default=None, ge=1, description="Requests a model copy runs at once. [by device]")
     scheduling_policy: Literal["fcfs", "priority"] = Field(
@@ -90,6 +85,9 @@ class SchedulerSettings(Settings):
     )
     max_queued_requests: int = Field(default=1024, ge=1, description="Requests that may wait; more get HTTP 429.")
     async_scheduling: bool = Field(default=True, description="Plan the next step while the device computes this one.")
+    enable_chunked_prefill: bool = Field(
+        default=True, description="Prompts are always computed in chunks; for command lines that say so."
+    )
     long_prefill_token_threshold: int = Field(
         default=0, ge=0, description="Most prompt tokens a request a step; 0: no limit."
     )
@@ -276,6 +274,11 @@ def _check_steps(config: Config) -> None:
         raise ConfigError(
             f"max_num_batched_tokens ({budget}) must be at least max_num_seqs ({scheduler.max_num_seqs}): "
             "each running request takes one token a step"
+        )
+    if not scheduler.enable_chunked_prefill:
+        raise ConfigError(
+            "enable_chunked_prefill cannot be off: prompts are always computed in chunks of what a step has room for; "
+            "leave it out, and raise max_num_batched_tokens for larger ones"
         )
     if buckets is None:
         return

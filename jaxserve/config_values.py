@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 _BYTE_UNITS = {"": 1, "B": 1}
 _BYTE_UNITS |= {f"{prefix}iB": 1024**power for power, prefix in enumerate("KMGT", start=1)}
@@ -32,6 +32,23 @@ def parse_bytes(value: object) -> object:
     if match is None or match[2] not in _BYTE_UNITS:
         raise ValueError("must be a number of bytes such as 2147483648, '2GiB' or '500MB'")
     return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def parse_count(value: object) -> object:
+    """Turn "4096", "4k" (4000) or "4K" (4096) into an integer, as vLLM does; what is no string passes through.
+
+    >>> parse_count("32"), parse_count("1.5k"), parse_count("2K"), parse_count(7)
+    (32, 1500, 2048, 7)
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?)([kmg])|(\d+)([KMG])", value)
+    if match is None:
+        raise ValueError("must be an integer such as 4096, 4k (4000) or 4K (4096)")
+    plain, thousands, decimal, units, binary = match.groups()
+    if thousands:
+        return int(float(thousands) * 1000 ** ("kmg".index(decimal) + 1))
+    return int(plain or units) * 1024 ** ("KMG".index(binary) + 1 if binary else 0)
 
 
 def parse_object(value: object) -> object:
@@ -59,6 +76,13 @@ def as_tuple(value: object) -> object:
     if isinstance(value, list):
         return tuple(value)
     return (value,) if isinstance(value, (str, int)) else value
+
+
+Bytes = Annotated[int, Field(gt=0), BeforeValidator(parse_bytes, json_schema_input_type=int | str)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(parse_count, json_schema_input_type=int | str)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple, json_schema_input_type=str | list[str])]
+Integers = Annotated[tuple[int, ...], BeforeValidator(parse_integers, json_schema_input_type=int | str | list[int])]
+JsonObject = Annotated[dict[str, Any], BeforeValidator(parse_object, json_schema_input_type=str | dict[str, Any])]
 
 
 def describe_errors(error: ValidationError, places: Mapping[str, str], names: Collection[str]) -> str:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict, TypeGuard
 
 from tqdm import tqdm
 
@@ -23,7 +23,20 @@ from jaxserve.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | list[int]
+
+class TextPrompt(TypedDict):
+    """A prompt as text, in vLLM's spelling."""
+
+    prompt: str
+
+
+class TokensPrompt(TypedDict):
+    """A prompt as token ids, in vLLM's spelling."""
+
+    prompt_token_ids: list[int]
+
+
+Prompt = str | list[int] | TextPrompt | TokensPrompt
 Messages = list[dict[str, Any]]
 
 
@@ -43,9 +56,10 @@ class LLM:
             config = config.with_values(**settings, **({} if model is None else {"model": model}))
         self.config = config
         self.tokenizer = load_tokenizer(config.model)
+        path = config.model.chat_template
+        self._chat_template = None if path is None else ChatTemplate.of_tokenizer(self.tokenizer, path=Path(path))
         self._engine: InProcessEngine | None = InProcessEngine(config, core or _start_core(config), self.tokenizer)
         self._default_params = _default_params(self._engine.core_info.default_sampling)
-        self._chat_template: ChatTemplate | None = None
         self._request_ids = itertools.count()
 
     def __enter__(self) -> Self:
@@ -81,9 +95,10 @@ class LLM:
         priority: Sequence[int] | None = None,
         add_special_tokens: bool = True,
     ) -> list[RequestOutput]:
-        """Complete the prompts (texts, or lists of token ids); answers come in their order.
+        """Complete the prompts; answers come in their order.
 
-        One `SamplingParams` serves all prompts, a list has one for each. All requests are checked before any runs.
+        A prompt is text, a list of token ids, `{"prompt": text}` or `{"prompt_token_ids": token ids}`. One
+        `SamplingParams` serves all prompts, a list has one for each. All requests are checked before any runs.
         """
         engine = self._open_engine()
         batch = _as_prompts(prompts)
@@ -149,8 +164,7 @@ class LLM:
 
     def _template(self) -> ChatTemplate:
         if self._chat_template is None:
-            path = self.config.model.chat_template
-            template = ChatTemplate.of_tokenizer(self.tokenizer, path=None if path is None else Path(path))
+            template = ChatTemplate.of_tokenizer(self.tokenizer)
             if template is None:
                 raise ChatTemplateError("the model has no chat template; pass chat_template, or use generate")
             self._chat_template = template
@@ -171,13 +185,49 @@ def _default_params(default_sampling: dict[str, float | int]) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[str | list[int]]:
     """A list of prompts from one prompt or several; a list of integers is one prompt."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(entry, int) for entry in prompts):
-        return [list(prompts)]  # type: ignore[list-item]  all of them are integers
-    return list(prompts)  # type: ignore[arg-type]  none of them is
+    if isinstance(prompts, (str, Mapping)) or (_is_list(prompts) and prompts and all(map(_is_integer, prompts))):
+        return [_as_prompt(prompts)]
+    if not _is_list(prompts):
+        raise InvalidRequestError(f"prompts must be {_PROMPT_FORMS}, or a list of such, got {_type_name(prompts)}")
+    return [_as_prompt(prompt) for prompt in prompts]
+
+
+def _as_prompt(prompt: object) -> str | list[int]:
+    """A prompt as text or as tokens, from any of its forms."""
+    if isinstance(prompt, Mapping):
+        if prompt.keys() not in ({"prompt"}, {"prompt_token_ids"}):
+            raise InvalidRequestError(
+                "a prompt that is a dict must have the key 'prompt' or 'prompt_token_ids' and no other, got "
+                f"{', '.join(map(repr, prompt)) or 'none'}",
+                param="prompt",
+            )
+        ((key, value),) = prompt.items()
+        if isinstance(value, str) != (key == "prompt"):
+            wanted = "text" if key == "prompt" else "a list of token ids"
+            raise InvalidRequestError(f"{key!r} of a prompt must be {wanted}, got {_type_name(value)}", param="prompt")
+        prompt = value
+    if isinstance(prompt, str):
+        return prompt
+    if not _is_list(prompt):
+        raise InvalidRequestError(f"a prompt must be {_PROMPT_FORMS}, got {_type_name(prompt)}", param="prompt")
+    return list(prompt)
+
+
+_PROMPT_FORMS = "text, a list of token ids, {'prompt': text} or {'prompt_token_ids': token ids}"
+
+
+def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int)
+
+
+def _type_name(value: object) -> str:
+    return type(value).__name__
 
 
 def _is_conversation(messages: Messages | Sequence[Messages]) -> bool:

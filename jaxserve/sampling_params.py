@@ -17,7 +17,7 @@ MAX_BAD_WORD_TOKENS = 16  # tokens a sequence
 MAX_LOGIT_BIAS = 1024  # entries a request
 MAX_STOP_TOKEN_IDS = 64
 MAX_ALLOWED_TOKEN_IDS = 2**20
-MAX_SEED = 2**64 - 1
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # negative ones count back from 2^64
 
 OutputKind = Literal["cumulative", "delta", "final_only"]
 
@@ -28,6 +28,9 @@ class SamplingParams:
 
     Order of application: allowed_token_ids, logit_bias, bad_words, min_tokens, penalties, temperature,
     min_p, top_k, top_p. `temperature == 0` is greedy.
+
+    As vLLM's class of this name, but for `max_tokens`: left out, an answer goes on as far as the context reaches, where
+    vLLM's ends after 16 tokens.
     """
 
     n: int = 1
@@ -42,10 +45,10 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     bad_words_token_ids: list[list[int]] | None = None  # `bad_words` as tokens, filled in beside the tokenizer
-    seed: int | None = None
+    seed: int | None = None  # -1 means none too, as in vLLM
     max_tokens: int | None = None  # None: as far as the context reaches
     min_tokens: int = 0
-    stop: list[str] | None = None
+    stop: str | list[str] | None = None  # one or several; see `stop_strings`
     stop_token_ids: list[int] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
@@ -56,6 +59,11 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: int | None = None  # keep the last so many prompt tokens
     output_kind: OutputKind = "cumulative"
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list, whichever way it was given."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
     def is_greedy(self) -> bool:
@@ -84,18 +92,18 @@ class SamplingParams:
         return self
 
     def _validate_lists(self) -> None:
-        _check_list("stop", self.stop, str, MAX_STOP_STRINGS)
+        _check_list("stop", [self.stop] if isinstance(self.stop, str) else self.stop, str, MAX_STOP_STRINGS)
         _check_list("bad_words", self.bad_words, str, MAX_BAD_WORDS)
         _check_list("stop_token_ids", self.stop_token_ids, int, MAX_STOP_TOKEN_IDS)
         _check_list("allowed_token_ids", self.allowed_token_ids, int, MAX_ALLOWED_TOKEN_IDS)
-        for text in self.stop or ():
+        for text in self.stop_strings:
             if not text or len(text) > MAX_STOP_STRING_CHARS:
                 raise InvalidRequestError(
                     f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters, got {len(text)}", param="stop"
                 )
         if any(not word for word in self.bad_words or ()):
             raise InvalidRequestError("bad_words must not hold an empty string", param="bad_words")
-        if self.stop and not self.detokenize:
+        if self.stop_strings and not self.detokenize:
             raise InvalidRequestError("stop strings need detokenize=true", param="stop")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequestError("allowed_token_ids must hold at least one token id", param="allowed_token_ids")
@@ -122,7 +130,7 @@ class SamplingParams:
                     )
 
     def for_sequence(self, index: int) -> SamplingParams:
-        """The parameters of sequence `index` of `n`: one sequence, its own seed (seed + index)."""
+        """The parameters of sequence `index` of `n`: one sequence, its own seed (seed + index), from 0 up."""
         seed = None if self.seed is None else (self.seed + index) % (MAX_SEED + 1)
         return replace(self, n=1, seed=seed)
 
@@ -132,7 +140,7 @@ MIN_TEMPERATURE = 1e-5  # below this a temperature is greedy: logits / T would o
 _INTEGER_RANGES: dict[str, tuple[int, int]] = {
     "n": (1, MAX_N),
     "top_k": (-1, 2**31 - 1),
-    "seed": (0, MAX_SEED),
+    "seed": (MIN_SEED, MAX_SEED),
     "max_tokens": (1, 2**31 - 1),
     "min_tokens": (0, 2**31 - 1),
     "logprobs": (0, MAX_LOGPROBS),

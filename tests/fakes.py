@@ -200,7 +200,9 @@ class _Run:
         return self._engine.tokenizer.encode(text, False)[: self._params.max_tokens]
 
     def _request_output(self, outputs: list[CompletionOutput], *, finished: bool) -> RequestOutput:
-        wants_prompt = self._params.prompt_logprobs is not None and (finished or not self._engine.scores_prompt_late)
+        is_aborted = any(output.finish_reason is FinishReason.ABORT for output in outputs)
+        is_scored = (finished and not is_aborted) or not self._engine.scores_prompt_late
+        wants_prompt = self._params.prompt_logprobs is not None and is_scored
         return RequestOutput(
             request_id=self.request_id,
             prompt=self._prompt,

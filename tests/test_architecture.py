@@ -17,6 +17,7 @@ MAX_KERNEL_LINES = 450
 
 # Anyone may import these; they import nothing of jaxserve but each other.
 VOCABULARY = (
+    "jaxserve.checkpoint_values",
     "jaxserve.config",
     "jaxserve.config_deploy",
     "jaxserve.config_file",

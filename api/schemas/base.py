@@ -29,7 +29,7 @@ class RequestModel(BaseModel):
     @classmethod
     def check_unsupported(cls, fields: dict[str, Any]) -> None:
         """Raise for a parameter this server cannot honour; remove those whose value asks for nothing."""
-        for name in fields.keys() & cls.unsupported.keys():
+        for name in [name for name in cls.unsupported if name in fields]:
             parameter = cls.unsupported[name]
             if not parameter.asks_nothing(fields[name], fields):
                 raise InvalidRequestError(

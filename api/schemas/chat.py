@@ -13,6 +13,8 @@ from api.schemas.fields import FreeObject, check_depth
 from api.schemas.sampling import SamplingFields
 from jaxserve.errors import InvalidRequestError
 
+# Of a text part: other providers' caching, and what replies say of their sources. They change no prompt.
+_PART_NOTES = ("cache_control", "annotations")
 # Arguments of other servers' renderers; here they would be variables that no template reads.
 _NO_TEMPLATE_VARIABLES = ("chat_template", "tokenize", "return_dict", "return_tensors")
 
@@ -30,6 +32,7 @@ def _as_content(value: Any) -> str | list[dict[str, str]]:
 
 def _part_text(part: dict[str, Any]) -> str:
     kind = part.get("type")
+    part = {name: value for name, value in part.items() if value is not None and name not in _PART_NOTES}
     if kind not in ("text", "refusal"):
         raise ValueError(f"has a part of type {str(kind)[:40]!r}; this server takes text parts only")
     text = part.get(kind)
@@ -82,13 +85,15 @@ class Message(RequestModel):
     reasoning_content: str | None = None
     reasoning: str | None = None  # another name of it
     refusal: str | None = None
+    annotations: list[FreeObject] | None = None  # of replies, sent back with them; no template reads them
 
     @model_validator(mode="after")
     def _check_role(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.refusal)):
+        if self.content is None and self.role != "assistant":  # replies without text have null
             raise ValueError("needs content")
-        if self.role != "assistant" and (self.tool_calls or self.refusal or self.reasoning_content or self.reasoning):
-            raise ValueError("has tool_calls, refusal or reasoning, which only an assistant's message has")
+        replies_alone = (self.tool_calls, self.refusal, self.reasoning_content, self.reasoning, self.annotations)
+        if self.role != "assistant" and any(replies_alone):
+            raise ValueError("has tool_calls, refusal, reasoning or annotations, which only an assistant's message has")
         if self.role != "tool" and self.tool_call_id is not None:
             raise ValueError("has tool_call_id, which only a tool's message has")
         return self
@@ -97,7 +102,8 @@ class Message(RequestModel):
         """Return the message as chat templates read it."""
         message = self.model_dump(exclude_none=True)
         message["content"] = self.content or self.refusal or ""
-        message.pop("refusal", None)
+        for name in ("refusal", "annotations"):
+            message.pop(name, None)
         return message
 
 
@@ -138,7 +144,7 @@ class ChatRequest(ConversationFields, SamplingFields):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ChatRequest:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs needs logprobs=true", param="top_logprobs")
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:

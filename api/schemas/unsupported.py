@@ -34,6 +34,11 @@ def _equals_n(value: Any, fields: Mapping[str, Any]) -> bool:
     return type(value) is int and value == fields.get("n", 1)
 
 
+def _needs_no_tools(tools: str) -> Callable[[Any, Mapping[str, Any]], bool]:
+    """Of a choice among `tools`: none is to be called, or there is none to choose."""
+    return lambda value, fields: value == "none" or (value == "auto" and not fields.get(tools))
+
+
 _NO_TOOLS = "this server does not call tools yet"
 _NO_GRAMMAR = "this server does not constrain its output yet"
 _NO_BEAMS = "this server samples; it has no beam search"
@@ -69,9 +74,9 @@ COMPLETION = _SAMPLING | {"suffix": _unless("this server does not fill in the mi
 
 CHAT = _SAMPLING | {
     "tools": _unless(_NO_TOOLS, []),
-    "tool_choice": _unless(f"{_NO_TOOLS}; only 'none' is taken", "none"),
+    "tool_choice": Unsupported(f"{_NO_TOOLS}; only 'none' and 'auto' are taken", _needs_no_tools("tools")),
     "functions": _unless(_NO_TOOLS, []),
-    "function_call": _unless(f"{_NO_TOOLS}; only 'none' is taken", "none"),
+    "function_call": Unsupported(f"{_NO_TOOLS}; only 'none' and 'auto' are taken", _needs_no_tools("functions")),
     "chat_template": _never("templates are not taken from requests; start the server with --chat-template"),
     "modalities": _unless(f"{_NO_AUDIO}; only ['text'] is taken", ["text"]),
     "audio": _never(_NO_AUDIO),

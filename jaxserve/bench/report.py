@@ -23,7 +23,8 @@ _LATENCIES = {
     "e2e_ms": "E2E",
     "step_ms": "step",
     "schedule_ms": "schedule, update",
-    "build_ms": "build batch",
+    "dispatch_ms": "dispatch",
+    "result_ms": "result",
 }
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import jax
+import numpy as np
+
+from jaxserve.bench.instant_model import InstantModel, instant_config
 from jaxserve.bench.offline import engine_request
 from jaxserve.bench.report import Report
 from jaxserve.bench.statistics import distribution
@@ -15,73 +19,67 @@ from jaxserve.config import load_config
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.startup import Started
-from jaxserve.layers.attention import AttentionBackend
 from jaxserve.parallel.mesh import make_mesh
-from jaxserve.runner.batch import BatchBuilder
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard
-from jaxserve.runner.slot_table import SlotTable
+from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.model_runner import ModelRunner, PendingStep, Runner
+from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.scheduler.plan import StepPlan, StepResult
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
-from pallas_kernels.paged_attention import AttentionGeometry
 
-VOCAB_SIZE = 32000
-TOKEN_ID = 7  # what the instant model always says
 BLOCK_SIZE = 16
-MAX_NUM_BATCHED_TOKENS = 8192
+PROMPT_TOKENS = 2048  # a step, while prompts are computed
 WARM_UP_STEPS = 20
 
 
 @dataclass(slots=True)
-class _InstantStep:
-    answer: StepResult
+class TimedRunner:
+    """A runner that keeps how long its two halves took, one entry a step."""
 
-    def is_ready(self) -> bool:
-        return True
+    runner: Runner
+    dispatch_s: list[float] = field(default_factory=list)
+    result_s: list[float] = field(default_factory=list)
 
-    def result(self) -> StepResult:
-        return self.answer
+    def dispatch(self, plan: StepPlan) -> _TimedStep:
+        """Dispatch, and keep the time that took."""
+        begin_s = time.perf_counter()
+        pending = self.runner.dispatch(plan)
+        self.dispatch_s.append(time.perf_counter() - begin_s)
+        return _TimedStep(pending, self.result_s)
 
 
 @dataclass(slots=True)
-class InstantRunner:
-    """A `Runner` that builds each step's arrays as a real one does, and then answers without a device."""
+class _TimedStep:
+    pending: PendingStep
+    result_s: list[float]
 
-    slots: SlotTable
-    builder: BatchBuilder
-    build_s: list[float] = field(default_factory=list)  # one a step
+    def is_ready(self) -> bool:
+        return self.pending.is_ready()
 
-    def dispatch(self, plan: StepPlan) -> _InstantStep:
-        """Build the batch, keep the time that took, and answer."""
+    def result(self) -> StepResult:
         begin_s = time.perf_counter()
-        self.slots.apply(plan)
-        self.builder.build(plan)
-        self.build_s.append(time.perf_counter() - begin_s)
-        token_ids = [[TOKEN_ID] if samples else [] for samples in plan.samples]
-        return _InstantStep(StepResult(step_id=plan.step_id, token_ids=token_ids))
+        result = self.pending.result()
+        self.result_s.append(time.perf_counter() - begin_s)
+        return result
 
 
-def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, InstantRunner]:
-    """An engine core with real scheduling and batch building over an instant model, with room for all requests."""
+def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, TimedRunner]:
+    """An engine core that is real but for its model, with room for all requests."""
     settings = SchedulerSettings(
         max_num_seqs=num_running,
-        max_num_batched_tokens=max(MAX_NUM_BATCHED_TOKENS, num_running),
+        max_num_batched_tokens=max(PROMPT_TOKENS, num_running),
         max_model_len=max_model_len,
         max_queued_requests=num_running,
     )
-    blocks_per_seq = -(-max_model_len // BLOCK_SIZE)
-    pool = BlockPool(num_running * blocks_per_seq + 1, BLOCK_SIZE)
-    slots = SlotTable(max_num_seqs=num_running, max_blocks_per_seq=blocks_per_seq)
-    buckets = Buckets.plan(
-        max_num_batched_tokens=settings.max_num_batched_tokens, max_num_seqs=num_running, min_tokens=1, token_sizes=None
-    )
-    geometry = AttentionGeometry(q_heads=1, kv_heads=1, head_dim=64, block_size=BLOCK_SIZE, dtype="float32")
-    backend = AttentionBackend(mesh=make_mesh(), implementation="xla", geometry=geometry)
-    runner = InstantRunner(slots, BatchBuilder(buckets, slots, backend))
+    pool = BlockPool(num_running * -(-max_model_len // BLOCK_SIZE) + 1, BLOCK_SIZE)
+    buckets = Buckets(tuple(sorted({num_running, settings.max_num_batched_tokens})), (num_running,))
+    runner = TimedRunner(_instant_runner(settings, buckets))
     info = CoreInfo(
         max_model_len=max_model_len,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=instant_config(max_model_len).vocab_size,
         num_blocks=pool.num_blocks,
         block_size=BLOCK_SIZE,
         fingerprint="instant",
@@ -90,6 +88,26 @@ def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, I
     started = Started(info=info, scheduler=scheduler, runner=runner, guard=CompileGuard())
     config = load_config(None, {"model": "instant"}, environ={})
     return EngineCore(config, started=started), runner
+
+
+def _instant_runner(settings: SchedulerSettings, buckets: Buckets) -> ModelRunner:
+    """The runner of a server on this machine, with its programs over `InstantModel`."""
+    config, mesh = instant_config(settings.max_model_len), make_mesh()
+    backend = choose_backend(config, dtype=np.float32, block_size=BLOCK_SIZE, mesh=mesh)
+    graph = ModelGraph(config, dtype=np.float32, backend=backend, family=InstantModel)
+    shapes = ProgramShapes(
+        buckets=buckets,
+        kv_spec=graph.kv_cache_spec(),
+        num_blocks=2,  # nothing is written to them
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=settings.max_model_len,
+    )
+    programs = Programs(graph, shapes)
+    programs.compile(variants=["greedy"])
+    abstract = graph.abstract_params()
+    params = {name: jax.device_put(np.zeros(p.shape, p.dtype), p.sharding) for name, p in abstract.items()}
+    caches = shapes.kv_spec.allocate(shapes.num_blocks, mesh)
+    return ModelRunner(LoadedModel(graph=graph, params=params, programs=programs, caches=caches), shapes)
 
 
 def measure_step(*, num_running: int, num_steps: int, input_len: int) -> Report:
@@ -101,23 +119,29 @@ def measure_step(*, num_running: int, num_steps: int, input_len: int) -> Report:
         input_len=LengthRange(input_len, input_len),
         output_len=LengthRange(output_len, output_len),
     )
-    for index, request in enumerate(workload.requests(VOCAB_SIZE)):
+    for index, request in enumerate(workload.requests(core.info.vocab_size)):
         core.add_request(engine_request(f"step-{index}", request))
     while core.stats().num_waiting:
         core.step()
     for _ in range(WARM_UP_STEPS):
         core.step()
-    runner.build_s.clear()
+    runner.dispatch_s.clear()
+    runner.result_s.clear()
     step_s = []
     for _ in range(num_steps):
         begin_s = time.perf_counter()
         deltas = core.step()
         step_s.append(time.perf_counter() - begin_s)
         assert len(deltas) == num_running, "a step must bring a token to every request"
-    own_s = [step - build for step, build in zip(step_s, runner.build_s, strict=True)]
+    core.shutdown()
+    halves = zip(step_s, runner.dispatch_s, runner.result_s[:num_steps], strict=True)
     result: dict[str, float] = {"requests": num_running, "steps": num_steps}
     result |= distribution("step_ms", [seconds * 1e3 for seconds in step_s])
-    result |= distribution("schedule_ms", [seconds * 1e3 for seconds in own_s])  # plan, update and the core's loop
-    result |= distribution("build_ms", [seconds * 1e3 for seconds in runner.build_s])
+    # Plan, update and the core's loop.
+    result |= distribution("schedule_ms", [(step - dispatch - fetch) * 1e3 for step, dispatch, fetch in halves])
+    # Build the batch, pack and upload it, call both programs.
+    result |= distribution("dispatch_ms", [seconds * 1e3 for seconds in runner.dispatch_s])
+    # Wait for the device, and turn its arrays into each row's tokens.
+    result |= distribution("result_ms", [seconds * 1e3 for seconds in runner.result_s[:num_steps]])
     settings = {"num_running": num_running, "num_steps": num_steps, "input_len": input_len}
     return Report(benchmark="host time a step", settings=settings, results=[result])

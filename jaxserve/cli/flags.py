@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import BaseModel
+from typer.core import TyperCommand
 
 from jaxserve.config import FIELDS, Config, ConfigField, load_config
 from jaxserve.errors import ConfigError
 
+ALIASES = {"tensor_parallel_size": "-tp", "data_parallel_size": "-dp"}  # vLLM's
 LAUNCH_FILE_SUFFIXES = (".yaml", ".yml")
 
 
@@ -43,6 +45,32 @@ class Launch:
                 raise ConfigError(f"two models given: {self.source!r} and --model {overrides['model']!r}")
             overrides["model"] = self.source
         return load_config(path, overrides)
+
+
+class ConfigCommand(TyperCommand):
+    """A command whose flags for lists take several values, as vLLM's do: `MODEL --served-model-name a b`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse what is left when every value has a flag of its own."""
+        lists = {option for parameter in self.params if parameter.multiple for option in parameter.opts}
+        return super().parse_args(ctx, _one_value_a_flag(args, lists))
+
+
+def _one_value_a_flag(args: list[str], lists: Collection[str]) -> list[str]:
+    """Where the model comes first, as no other argument can follow it.
+
+    >>> _one_value_a_flag(["m", "--names", "a", "b", "--port", "1"], {"--names"})
+    ['m', '--names', 'a', '--names', 'b', '--port', '1']
+    """
+    spread: list[str] = []
+    open_list = None  # the flag that words belong to
+    for arg in args:
+        if arg.startswith("-") or not spread:
+            open_list = arg if arg in lists and not args[0].startswith("-") else None
+        elif open_list is not None and spread[-1] != open_list:
+            spread.append(open_list)
+        spread.append(arg)
+    return spread
 
 
 def takes_config(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,8 +117,10 @@ def _flag(config_field: ConfigField) -> inspect.Parameter:
     spelling = "--" + config_field.name.replace("_", "-")
     if kind is bool:
         spelling += "/--no-" + config_field.name.replace("_", "-")
+    aliases = [ALIASES[config_field.name]] if config_field.name in ALIASES else []
     option = typer.Option(
         spelling,
+        *aliases,
         help=_help(config_field, is_list=kind == list[str]),
         rich_help_panel=_panel(config_field.section_class),
         show_default=False,
@@ -117,7 +147,7 @@ def _kind(config_field: ConfigField) -> tuple[Any, tuple[str, ...]]:
 def _help(config_field: ConfigField, *, is_list: bool) -> str:
     text = config_field.info.description or ""
     if is_list:
-        text += " Repeat for several."
+        text += " Repeat it, or name several after it."
     default = config_field.info.default
     if isinstance(default, bool):
         return text + (" [on]" if default else " [off]")

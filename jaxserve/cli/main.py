@@ -7,7 +7,7 @@ import sys
 import typer
 
 from jaxserve.cli import bench, chat, deploy, environment, plan, serve, show_config
-from jaxserve.cli.flags import takes_config
+from jaxserve.cli.flags import ConfigCommand, takes_config
 from jaxserve.errors import CheckpointError, ConfigError, JaxserveError, TokenizerError
 
 EXIT_USER_ERROR = 2  # as for a wrong flag
@@ -23,12 +23,12 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long flags short on a narrow terminal
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("serve")(takes_config(serve.serve))
-app.command("deploy")(takes_config(deploy.deploy))
+app.command("serve", cls=ConfigCommand)(takes_config(serve.serve))
+app.command("deploy", cls=ConfigCommand)(takes_config(deploy.deploy))
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
-app.command("config")(takes_config(show_config.show_config))
-app.command("plan")(takes_config(plan.plan))
+app.command("config", cls=ConfigCommand)(takes_config(show_config.show_config))
+app.command("plan", cls=ConfigCommand)(takes_config(plan.plan))
 app.command("collect-env")(environment.collect_env)
 app.add_typer(bench.app, name="bench")
 

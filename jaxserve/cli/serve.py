@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli.flags import Launch
-from jaxserve.config import API_KEY_VARIABLE, SECTIONS, Config, ServerSettings
+from jaxserve.config import API_KEY_VARIABLE, SECTIONS, Config, ModelSettings, ServerSettings
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from jaxserve.engine.process_client import ProcessEngineClient
 
+EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells have it
 DEFAULT_CORE = "jaxserve.engine.core:EngineCore"
 
 _log = logging.getLogger("jaxserve")
@@ -41,11 +42,15 @@ def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
         follow(config)
         return
     listening = bind(config.server)  # before the model is loaded: a port in use is known at once
-    warn_if_open(config.server)
-    from api.server import run
-
     with listening:
-        run(_serve(config, core, listening))
+        warn_if_open(config.server)
+        _check_chat_template(config.model)
+        from api.server import run
+
+        try:
+            run(_serve(config, core, listening))
+        except asyncio.CancelledError:  # SIGTERM, before the server was there to drain
+            raise SystemExit(EXIT_TERMINATED) from None
 
 
 async def _serve(config: Config, core: str, listening: socket.socket) -> None:
@@ -96,6 +101,14 @@ async def _serve_on(
         )
     finally:
         await engine.shutdown()
+
+
+def _check_chat_template(settings: ModelSettings) -> None:
+    """Raise `TokenizerError` for a file that is missing or broken, before the model is loaded."""
+    if settings.chat_template is not None:
+        from jaxserve.tokenizer.chat_template import ChatTemplate
+
+        ChatTemplate.of_file(Path(settings.chat_template))
 
 
 async def _refuse_new(engine: ProcessEngineClient) -> None:

@@ -43,10 +43,10 @@ class ApiServer:
         own = serve.get_deployment_handle(API_SERVERS, self._app_name)
         self._metrics = ReplicasMetrics(engines, own, prefix=config.server.metrics_prefix)
         tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
-        info = wire.decode_core_info(await engines.core_info.remote())
-        self._client = ReplicasClient(config, engines, tokenizer, info, self._metrics)
         path = config.model.chat_template
         template = ChatTemplate.of_tokenizer(tokenizer, path=None if path is None else Path(path))
+        info = wire.decode_core_info(await engines.core_info.remote())
+        self._client = ReplicasClient(config, engines, tokenizer, info, self._metrics)
         self._app = create_app(self._client, config.server, metrics=self._metrics, chat_template=template)
         self._watching = asyncio.ensure_future(self._watch())
 

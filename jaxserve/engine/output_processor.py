@@ -112,7 +112,7 @@ class SequenceOutput:
                 skip_special_tokens=params.skip_special_tokens,
                 continues_text=True,
             )
-        self._stop_matcher = StopMatcher(params.stop) if params.stop else None
+        self._stop_matcher = StopMatcher(params.stop_strings) if params.stop else None
         self._stop_reason: int | str | None = None
         self._sent_text: list[str] = []
         self._unsent_text: list[str] = []

@@ -104,13 +104,24 @@ class RequestPreparer:
                     f"the prompt has {len(prompt)} characters, which cannot fit the model's context of "
                     f"{self._max_model_len} tokens; shorten it"
                 )
-            token_ids = self._tokenizer.encode(prompt, add_special_tokens)
+            token_ids = self._encode(prompt, add_special_tokens, param="prompt")
         else:
             token_ids = self._checked_token_ids(prompt, param="prompt")
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; it needs at least one token", param="prompt")
         if params.truncate_prompt_tokens is not None:
             token_ids = token_ids[-params.truncate_prompt_tokens :]
+        return token_ids
+
+    def _encode(self, text: str, add_special_tokens: bool, *, param: str) -> list[int]:
+        """A text's tokens; a tokenizer may have added ones that the model has no embedding for."""
+        token_ids = self._tokenizer.encode(text, add_special_tokens)
+        if (highest := max(token_ids, default=0)) >= self._vocab_size:
+            raise InvalidRequestError(
+                f"{param} holds the token {self._tokenizer.token(highest)!r}, whose id {highest} the model does not "
+                f"know: its vocabulary has 0 to {self._vocab_size - 1}",
+                param=param,
+            )
         return token_ids
 
     def _checked_token_ids(self, values: list[int], *, param: str) -> list[int]:
@@ -151,7 +162,7 @@ class RequestPreparer:
         completed = replace(
             params,
             max_tokens=max_tokens,
-            seed=self._seeds.randrange(SEED_LIMIT) if params.seed is None else params.seed,
+            seed=self._seeds.randrange(SEED_LIMIT) if params.seed in (None, -1) else params.seed,
             bad_words_token_ids=self._bad_words_token_ids(params),
         )
         self._check_a_token_is_left(completed)
@@ -181,8 +192,8 @@ class RequestPreparer:
                     f"a bad word must have 1 to {MAX_BAD_WORD_TOKENS} tokens, one has {len(word)} characters",
                     param="bad_words",
                 )
-            bare = self._tokenizer.encode(word.lstrip(" ") or word, add_special_tokens=False)
-            spaced = self._tokenizer.encode(" " + word.lstrip(" "), add_special_tokens=False)
+            bare = self._encode(word.lstrip(" ") or word, False, param="bad_words")
+            spaced = self._encode(" " + word.lstrip(" "), False, param="bad_words")
             sequences.append(bare)
             # " word" that is a token for the space and then the bare word's tokens is banned with the bare word.
             if spaced[-len(bare) :] != bare:

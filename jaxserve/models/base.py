@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxserve.cache.kv_cache import LayerCache
+from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.errors import CheckpointError
 from jaxserve.layers.attention import AttentionBackend, AttentionInputs
 from jaxserve.layers.numerics import Numerics
@@ -96,12 +96,12 @@ class DecoderConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Read `config.json`, old spellings and new; `CheckpointError` names a missing or impossible entry."""
-        num_q_heads = _positive(config, "num_attention_heads")
-        hidden_size = _positive(config, "hidden_size")
-        # Transformers writes null for these two where they follow from the others.
-        given = {name: value for name, value in config.items() if value is not None}
-        num_kv_heads = _positive(given, "num_key_value_heads", default=num_q_heads)
-        head_dim = _positive(given, "head_dim", default=hidden_size // num_q_heads)
+        values = CheckpointValues(config)
+        given = values.given()  # transformers writes null for what follows from other entries
+        num_q_heads = values.positive_integer("num_attention_heads")
+        hidden_size = values.positive_integer("hidden_size")
+        num_kv_heads = given.positive_integer("num_key_value_heads", default=num_q_heads)
+        head_dim = given.positive_integer("head_dim", default=hidden_size // num_q_heads)
         if num_q_heads % num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
@@ -110,42 +110,27 @@ class DecoderConfig:
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-        architecture = str((config.get("architectures") or ["<none>"])[0])
-        attention_bias = bool(config.get("attention_bias", False))
-        max_position_embeddings = _positive(config, "max_position_embeddings", default=2048)
-        has_window = config.get("use_sliding_window", True) and "sliding_window" in given
+        architecture = next(iter(values.texts("architectures")), "<none>")
+        attention_bias = values.flag("attention_bias")
+        has_window = values.flag("use_sliding_window", default=True) and "sliding_window" in given.values
         return cls(
             architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
+            vocab_size=values.positive_integer("vocab_size"),
             hidden_size=hidden_size,
-            ffn_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            ffn_size=values.positive_integer("intermediate_size"),
+            num_layers=values.positive_integer("num_hidden_layers"),
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            norm_epsilon=_positive_number(config, "rms_norm_eps", default=1e-6),
+            norm_epsilon=values.number("rms_norm_eps", default=1e-6),
             rope=RopeConfig.from_hf(config, head_dim),
-            max_position_embeddings=max_position_embeddings,
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=values.positive_integer("max_position_embeddings", default=2048),
+            tie_embeddings=values.flag("tie_word_embeddings"),
             attention_bias=attention_bias or architecture in _QKV_BIAS_ALONE,
             attention_out_bias=attention_bias and architecture not in _QKV_BIAS_ALONE,
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=_positive(config, "sliding_window") if has_window else None,
+            mlp_bias=values.flag("mlp_bias"),
+            sliding_window=values.positive_integer("sliding_window") if has_window else None,
         )
-
-
-def _positive(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
-    value = config.get(name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"config.json: {name!r} must be a positive integer, got {value!r}")
-    return value
-
-
-def _positive_number(config: Mapping[str, Any], name: str, *, default: float) -> float:
-    value = config.get(name, default)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise CheckpointError(f"config.json: {name!r} must be a positive number, got {value!r}")
-    return float(value)
 
 
 class CausalLM(Protocol):

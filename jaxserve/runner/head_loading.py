@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.config_speculative import SpeculativeConfig
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.base import DecoderConfig
@@ -73,14 +74,14 @@ def _read_eagle3(
 ) -> tuple[HeadConfig, tuple[int, ...]]:
     """Spellings: SafeAILab's and SGLang's (flat, `midlayer.*`), speculators' (nested, `layers.0.*`)."""
     config = _flat(hf_config)
-    decoder = DecoderConfig.from_hf(config)
-    target_hidden_size = config.get("target_hidden_size") or decoder.hidden_size
-    draft_vocab_size = config.get("draft_vocab_size") or decoder.vocab_size
+    decoder = DecoderConfig.from_hf(config.values)
+    target_hidden_size = config.given().positive_integer("target_hidden_size", default=decoder.hidden_size)
+    draft_vocab_size = config.given().positive_integer("draft_vocab_size", default=decoder.vocab_size)
     if names is None:
         names = frozenset({"fc.weight", "lm_head.weight", "midlayer.hidden_norm.weight"})
     if "fc.weight" not in names:
         raise CheckpointError("is no EAGLE-3 head: it has no 'fc.weight', the tensor that joins three layers' states")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+    if not config.within("eagle_config").given().flag("use_aux_hidden_state", default=True):
         raise CheckpointError("reads the model's last layer alone (use_aux_hidden_state), which is not supported")
     if decoder.num_layers != 1:
         raise CheckpointError(f"has {decoder.num_layers} layers (num_hidden_layers); heads of 1 are supported")
@@ -97,7 +98,7 @@ def _read_eagle3(
         num_features=_NUM_FEATURE_LAYERS * target.hidden_size,
         draft_vocab_size=draft_vocab_size,
         layer_prefix="midlayer" if any(name.startswith("midlayer.") for name in names) else "layers.0",
-        norm_before_residual=bool(config.get("norm_before_residual", False)),
+        norm_before_residual=config.flag("norm_before_residual"),
         has_embedding=has_embedding,
         has_head=has_head,
         has_token_map=draft_vocab_size != target.vocab_size or "d2t" in names,
@@ -105,23 +106,22 @@ def _read_eagle3(
     return head, _feature_layers(config, target.num_layers)
 
 
-def _flat(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(hf_config: Mapping[str, Any]) -> CheckpointValues:
     """A config of speculators has the layer's sizes in a mapping of their own."""
-    inner = hf_config.get("transformer_layer_config")
-    if not isinstance(inner, Mapping):
-        return dict(hf_config)
+    config = CheckpointValues(hf_config)
+    inner = config.within("transformer_layer_config").values
     # What is null outside is said inside.
-    return {**inner, **{key: value for key, value in hf_config.items() if value is not None}}
+    return CheckpointValues({**inner, **config.given().values}) if inner else config
 
 
-def _feature_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+def _feature_layers(config: CheckpointValues, num_layers: int) -> tuple[int, ...]:
     """Whose inputs it reads. Named at the top level these are vLLM's, which count so; in `eagle_config` SGLang's, which
     count the layers that these come out of. Without them: EAGLE-3's own choice."""
-    given = config.get("eagle_aux_hidden_state_layer_ids")
-    inner = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    given = config.integers("eagle_aux_hidden_state_layer_ids")
+    inner = config.within("eagle_config").integers("eagle_aux_hidden_state_layer_ids")
     layers = [2, num_layers // 2, num_layers - 3]
     if given:
-        layers = list(given)
+        layers = given
     elif inner:
         layers = [layer + 1 for layer in inner]
     is_right = len(layers) == _NUM_FEATURE_LAYERS and sorted(set(layers)) == layers

@@ -12,11 +12,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.config import ModelSettings
-from jaxserve.errors import ConfigError
+from jaxserve.errors import CheckpointError, ConfigError, InvalidRequestError
 from jaxserve.models.base import DecoderConfig, WeightRule
 from jaxserve.parallel.mesh import sharding, to_devices
 from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.sampling_params import SamplingParams
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.dummy import DummyCheckpoint
 from jaxserve.weights.mapping import load_params
@@ -43,23 +45,9 @@ class ModelFiles:
     hf_config: dict[str, Any]
     decoder: DecoderConfig
     dtype: np.dtype
-    generation_config: dict[str, Any]
-    recommends_sampling: bool  # whether generation_config's sampling parameters are the defaults
+    eos_token_ids: list[int]  # as generation_config.json names them, or else config.json
+    default_sampling: dict[str, float | int]  # what the model's makers recommend, under our names
     seed: int
-
-    @property
-    def default_sampling(self) -> dict[str, float | int]:
-        """The sampling parameters that the model's makers recommend, under our names."""
-        if not self.recommends_sampling:
-            return {}
-        given = self.generation_config
-        return {name: given[name] for name in _SAMPLING_DEFAULTS if given.get(name) is not None}
-
-    @property
-    def eos_token_ids(self) -> list[int]:
-        """The tokens that end a sequence, as generation_config.json names them, or else config.json."""
-        ids = self.generation_config.get("eos_token_id", self.hf_config.get("eos_token_id"))
-        return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
     def max_model_len(self, asked: int | None) -> int:
         """Positions a sequence may have: what was asked for, within what the model was made for."""
@@ -85,7 +73,13 @@ def open_model(config: ModelSettings) -> ModelFiles:
         checkpoint = None if config.load_format == "dummy" else opened
         generation_config = opened.generation_config()
     files = describe_model(config, hf_config, platform=jax.default_backend())
-    return replace(files, checkpoint=checkpoint, generation_config=generation_config)
+    generation = CheckpointValues(generation_config, "generation_config.json")
+    return replace(
+        files,
+        checkpoint=checkpoint,
+        eos_token_ids=generation.integers("eos_token_id") or files.eos_token_ids,
+        default_sampling=_recommended_sampling(generation) if config.generation_config == "auto" else {},
+    )
 
 
 def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform: str) -> ModelFiles:
@@ -96,10 +90,22 @@ def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform
         hf_config=hf_config,
         decoder=DecoderConfig.from_hf(hf_config),
         dtype=_dtype(config, hf_config, platform),
-        generation_config={},
-        recommends_sampling=config.generation_config == "auto",
+        eos_token_ids=CheckpointValues(hf_config).integers("eos_token_id"),
+        default_sampling={},
         seed=config.seed,
     )
+
+
+def _recommended_sampling(generation: CheckpointValues) -> dict[str, float | int]:
+    given = generation.given().values
+    sampling = {name: given[name] for name in _SAMPLING_DEFAULTS if name in given}
+    try:
+        SamplingParams(**sampling).validate()
+    except InvalidRequestError as error:
+        raise CheckpointError(
+            f"{generation.file}: {error}; correct it, or leave its sampling defaults out with --generation-config vllm"
+        ) from error
+    return sampling
 
 
 def load_weights(files: ModelFiles, graph: ModelGraph, on_progress: Callable[[str, int, int], None]) -> Params:

@@ -105,13 +105,19 @@ class Programs:
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
-        """Compile everything, the largest step first."""
+    def compile(
+        self,
+        *,
+        variants: Sequence[Variant] = VARIANTS,
+        num_threads: int | None = None,
+        on_compiled: OnCompiled | None = None,
+    ) -> None:
+        """Compile everything, the largest step first; of the sampler these variants."""
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         for bucket in self._shapes.buckets.all():
             jobs["forward", bucket] = partial(self.lower_forward, bucket)
         for rows in self._shapes.buckets.row_sizes:
-            for variant in VARIANTS:
+            for variant in variants:
                 jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
         if not self._only_draws:
             for num_tokens in self._shapes.buckets.token_sizes:

@@ -48,13 +48,22 @@ class ChatTemplate:
     @classmethod
     def of_tokenizer(cls, tokenizer: Tokenizer, *, path: Path | None = None) -> ChatTemplate | None:
         """Return the tokenizer's template, or the one in the file `path` instead; None when there is neither."""
-        template = tokenizer.chat_template
         if path is not None:
-            try:
-                template = path.read_text(encoding="utf-8")
-            except (OSError, ValueError) as error:
-                raise TokenizerError(f"cannot read the chat template {path}: {error}") from error
+            return cls.of_file(path, special_tokens=tokenizer.special_tokens)
+        template = tokenizer.chat_template
         return None if template is None else cls(template, special_tokens=tokenizer.special_tokens)
+
+    @classmethod
+    def of_file(cls, path: Path, *, special_tokens: Mapping[str, str] | None = None) -> ChatTemplate:
+        """Return the template in a file; `TokenizerError` where it is missing or broken."""
+        try:
+            template = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"cannot read the chat template {path}: {error}") from error
+        try:
+            return cls(template, special_tokens=special_tokens)
+        except TokenizerError as error:
+            raise TokenizerError(f"{path}: {error}") from error
 
     def render(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import tokenizers
 
+from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.errors import TokenizerError
 from jaxserve.weights.source import ModelSource
 
@@ -46,7 +48,7 @@ def _from_gguf(path: Path) -> TokenizerFiles:
         name=str(path),
         backend=tokenizer_from_gguf(header),
         special_tokens=_special_tokens(config),
-        eos_token_ids=_eos_ids(token_ids_from_gguf(header)),
+        eos_token_ids=_eos_ids(CheckpointValues(token_ids_from_gguf(header), str(path))),
         chat_template=config.get("chat_template"),
     )
 
@@ -54,12 +56,13 @@ def _from_gguf(path: Path) -> TokenizerFiles:
 def _from_folder(folder: Path) -> TokenizerFiles:
     config = _read_json(folder / "tokenizer_config.json")
     special_map = _read_json(folder / "special_tokens_map.json")
-    eos = _eos_ids(_read_json(folder / "config.json")) + _eos_ids(_read_json(folder / "generation_config.json"))
+    named_by = ("config.json", "generation_config.json")
+    eos = [_eos_ids(CheckpointValues(_read_json(folder / name), name)) for name in named_by]
     return TokenizerFiles(
         name=str(folder),
         backend=_backend(folder),
         special_tokens=_special_tokens(special_map) | _special_tokens(config),
-        eos_token_ids=eos,
+        eos_token_ids=tuple(itertools.chain.from_iterable(eos)),
         chat_template=_chat_template(folder, config),
     )
 
@@ -119,13 +122,8 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, str]:
     return tokens
 
 
-def _eos_ids(config: dict[str, Any]) -> tuple[int, ...]:
-    value = config.get("eos_token_id")
-    if value is None and isinstance(text_config := config.get("text_config"), dict):
-        value = text_config.get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(int(item) for item in value) if isinstance(value, list) else (int(value),)
+def _eos_ids(config: CheckpointValues) -> tuple[int, ...]:
+    return tuple(config.integers("eos_token_id") or config.within("text_config").integers("eos_token_id"))
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str] | None:
@@ -138,11 +136,18 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | dict[str, str]
     template = config.get("chat_template")
     if template is None:
         template = _read_json(folder / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}
-    if template is not None and not isinstance(template, str | dict):
+    if template is None or isinstance(template, str):
+        return template
+    named = {entry["name"]: entry["template"] for entry in template} if _are_named_templates(template) else template
+    if not isinstance(named, dict) or not all(isinstance(text, str) for text in named.values()):
         raise TokenizerError(f"{folder} has a chat_template that is neither a string nor a list of named ones")
-    return template
+    return named
+
+
+def _are_named_templates(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in value
+    )
 
 
 def _read_text(path: Path) -> str:

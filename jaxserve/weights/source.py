@@ -18,6 +18,8 @@ from jaxserve.errors import CheckpointError
 # What a hub download fetches: nothing else of a repository is ever read.
 TOKENIZER_FILES = ("*.json", "*.model", "*.jinja", "tokenizer*", "vocab*")
 MODEL_FILES = ("*.safetensors", *TOKENIZER_FILES)
+# The same weights once more, in their makers' own layout (Mistral's, Meta's), and the parts of other pipelines.
+UNREAD_FILES = ("consolidated*", "original/*", "*/*.safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_GGUF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)/(?P<file>[\w./-]+\.gguf)")
@@ -91,7 +93,11 @@ def _download(repo_id: str, revision: str | None, patterns: tuple[str, ...]) -> 
     from huggingface_hub import snapshot_download  # heavy, and not needed for local files
 
     with _hub_errors(repo_id, revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(patterns)))
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=list(UNREAD_FILES)
+            )
+        )
 
 
 def _download_file(repo_id: str, filename: str, revision: str | None) -> Path:

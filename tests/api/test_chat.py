@@ -66,7 +66,8 @@ def test_two_different_limits_are_refused(client: TestClient) -> None:
 
 
 def test_text_parts_are_taken(client: TestClient, engine: FakeEngine) -> None:
-    chat(client, [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}])
+    first = {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}, "annotations": None}
+    chat(client, [{"role": "user", "content": [first, {"type": "text", "text": "b"}]}])
     assert "user\na\nb<|im_end|>" in engine.calls[0].prompt
 
 
@@ -155,6 +156,7 @@ def test_logprobs_without_alternatives_are_allowed(client: TestClient) -> None:
 
 def test_top_logprobs_need_logprobs(client: TestClient) -> None:
     assert refused(client, top_logprobs=2)["param"] == "top_logprobs"
+    chat(client, top_logprobs=0)
 
 
 def test_prompt_logprobs_and_token_ids_stand_beside_the_choices(client: TestClient, engine: FakeEngine) -> None:
@@ -168,6 +170,14 @@ def test_prompt_logprobs_and_token_ids_stand_beside_the_choices(client: TestClie
 def test_a_reply_can_be_sent_back_as_a_message(client: TestClient) -> None:
     message = chat(client)["choices"][0]["message"]
     chat(client, [*USER, message | {"tool_calls": None, "function_call": None, "audio": None}, *USER])
+    chat(client, [*USER, {"role": "assistant", "content": None, "annotations": [], "refusal": None}, *USER])
+
+
+def test_tools_are_refused_by_name_and_an_empty_list_with_any_choice_is_not(client: TestClient) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    for choice in ("auto", "none"):
+        chat(client, tools=[], tool_choice=choice)
+        assert refused(client, tools=[tool], tool_choice=choice)["param"] == "tools"
 
 
 def test_past_tool_calls_reach_the_template_as_objects() -> None:
@@ -188,9 +198,9 @@ def test_past_tool_calls_reach_the_template_as_objects() -> None:
 
 UNSUPPORTED = {
     "tools": [{"type": "function", "function": {"name": "f"}}],
-    "tool_choice": "auto",
+    "tool_choice": "required",
     "functions": [{"name": "f"}],
-    "function_call": "auto",
+    "function_call": {"name": "f"},
     "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a"},
     "guided_json": {},

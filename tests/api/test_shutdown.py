@@ -48,17 +48,20 @@ def test_running_requests_finish_and_new_ones_are_refused(http: httpx.Client, ev
 
 def test_requests_that_do_not_finish_in_time_are_aborted_and_told(http: httpx.Client, eventually) -> None:
     config = ServerSettings(port=0, shutdown_timeout_s=0.1)
-    with running(FakeEngine(step_s=0.2), config) as live, ThreadPoolExecutor() as pool:
+    with running(FakeEngine(step_s=0.2, scores_prompt_late=True), config) as live, ThreadPoolExecutor() as pool:
         url = f"{live.url}/v1/chat/completions"
         whole = pool.submit(httpx.post, url, json={"messages": USER}, trust_env=False, timeout=20)
         stream = pool.submit(httpx.post, url, json={"messages": USER, "stream": True}, trust_env=False, timeout=20)
-        eventually(lambda: len(live.engine.running) == 2)
+        scored = {"prompt": "a", "stream": True, "echo": True, "logprobs": 1}
+        scores = pool.submit(httpx.post, f"{live.url}/v1/completions", json=scored, trust_env=False, timeout=20)
+        eventually(lambda: len(live.engine.running) == 3)
         time.sleep(0.3)
         live.begin_shutdown()
         assert whole.result().status_code == 503
         assert whole.result().json()["error"]["code"] == "request_aborted"
         assert '"request_aborted"' in stream.result().text
         assert "[DONE]" not in stream.result().text
+        assert (scores.result().status_code, scores.result().json()["error"]["code"]) == (503, "request_aborted")
 
 
 SERVER = """

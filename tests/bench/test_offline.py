@@ -1,12 +1,16 @@
 """Offline runs over a fake core, and the step benchmark over the real scheduler and batch builder."""
 
+from collections import Counter
+
 import pytest
+from jax.stages import Compiled
 
 from jaxserve.bench.offline import config_for, run_in_core
-from jaxserve.bench.step import measure_step
+from jaxserve.bench.step import WARM_UP_STEPS, measure_step
 from jaxserve.bench.workload import LengthRange, Workload
 from jaxserve.config import load_config
 from jaxserve.errors import RequestFailedError
+from jaxserve.runner.packing import Packing
 from tests.engine.fake_core import FAIL_ROW, FakeCore
 
 WORKLOAD = Workload(num_prompts=8, input_len=LengthRange(4, 12), output_len=LengthRange(4, 6))
@@ -38,7 +42,24 @@ def test_the_queue_has_room_for_all_requests():
     assert config_for(config, 2).scheduler.max_queued_requests == 4
 
 
-def test_the_step_benchmark_times_full_steps():
+def test_the_step_benchmark_times_all_of_a_step_but_the_model(monkeypatch):
+    calls = Counter()
+
+    def counted(name, method):
+        def call(*arguments, **keywords):
+            calls[name] += 1
+            return method(*arguments, **keywords)
+
+        return call
+
+    monkeypatch.setattr(Packing, "pack", counted("pack", Packing.pack))
+    monkeypatch.setattr(Compiled, "__call__", counted("program", Compiled.__call__))
     result = measure_step(num_running=16, num_steps=5, input_len=20).results[0]
+
     assert (result["requests"], result["steps"]) == (16, 5)
-    assert 0 < result["build_ms_p50"] < result["step_ms_p50"]
+    parts = [result[f"{part}_ms_mean"] for part in ("schedule", "dispatch", "result")]
+    assert min(parts) > 0
+    assert sum(parts) == pytest.approx(result["step_ms_mean"])
+    num_steps = calls["pack"] // 2
+    assert num_steps >= WARM_UP_STEPS + 5
+    assert calls["program"] == 2 * num_steps + 16  # and a slot written for each request

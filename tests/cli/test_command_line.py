@@ -65,6 +65,23 @@ def test_flags_of_every_type_reach_the_config(resolved):
     assert expected.items() <= values.items()
 
 
+def test_command_lines_made_for_vllm_are_read_alike(resolved):
+    values = resolved(
+        "m", "--served-model-name", "a", "b", "-tp", "2", "--max-model-len", "4k", "--max-num-batched-tokens", "8K",
+        "--enable-chunked-prefill", "--api-key", "x", "y",
+    )  # fmt: skip
+    expected = {
+        "served_model_name": ["a", "b"],
+        "tensor_parallel_size": 2,
+        "max_model_len": 4000,
+        "max_num_batched_tokens": 8192,
+        "enable_chunked_prefill": True,
+        "api_key": ["***", "***"],
+    }
+    assert expected.items() <= values.items()
+    assert resolved("--served-model-name", "a", "m")["served_model_name"] == ["a"]  # m is the model
+
+
 def test_without_flags_the_defaults_hold(resolved):
     defaults = load_config(None, {"model": "m"}, environ={}).model_dump(mode="json")
     assert resolved("m") == {name: value for section in defaults.values() for name, value in section.items()}

@@ -16,9 +16,9 @@ import pytest
 from jaxserve.bench.http_client import BenchClient
 from jaxserve.bench.serving import Load, measure_server
 from jaxserve.bench.workload import LengthRange, Workload
-from jaxserve.cli.serve import bind, is_loopback
+from jaxserve.cli.serve import bind, is_loopback, run_server
 from jaxserve.config import config_from_values, load_config
-from jaxserve.errors import ConfigError, JaxserveError
+from jaxserve.errors import ConfigError, JaxserveError, TokenizerError
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
@@ -84,8 +84,23 @@ def test_a_signal_during_the_start_leaves_no_process(model_dir, tmp_path, number
         wait_for(lambda: "loading the fake" in log.read_text())
         engines = children(server)
         os.kill(server.pid, number)
-        assert server.wait(20) != 0
+        code = server.wait(20)
         assert psutil.wait_procs(engines, timeout=5)[1] == []
+    if number == signal.SIGTERM:  # what Ctrl-C raises is for the command to end
+        assert (code, "Traceback" in log.read_text()) == (143, False), log.read_text()
+    assert code != 0
+
+
+@pytest.mark.parametrize(("template", "words"), [(None, "cannot read the chat template"), ("{% if %}", "in line 1")])
+def test_a_chat_template_is_read_before_the_engine_starts(model_dir, tmp_path, monkeypatch, template, words):
+    monkeypatch.setattr("jaxserve.cli.serve.set_up_logging", lambda level: None)
+    path = tmp_path / "template.jinja"
+    if template is not None:
+        path.write_text(template)
+    config = config_from_values({"model": model_dir, "port": 0, "chat_template": str(path)})
+    with pytest.raises(TokenizerError, match=words) as raised:
+        run_server(config, core="no.such:Core")
+    assert str(path) in str(raised.value)
 
 
 def test_a_broken_checkpoint_ends_the_start_with_its_message(model_dir, tmp_path):

@@ -48,6 +48,13 @@ def test_sizes_may_be_written_with_units(text, num_bytes):
     assert make(kv_cache_memory_bytes=text).cache.kv_cache_memory_bytes == num_bytes
 
 
+@pytest.mark.parametrize(
+    ("text", "count"), [("4k", 4000), ("4K", 4096), ("25.6k", 25_600), ("1M", 2**20), ("512", 512), (512, 512)]
+)
+def test_counts_may_be_written_as_vllm_reads_them(text, count):
+    assert make(max_model_len=text).model.max_model_len == count
+
+
 def test_one_value_stands_for_a_list_of_one():
     assert make(served_model_name="a").model.served_names == ("a",)
     assert make(token_buckets=16).runtime.token_buckets == (16,)
@@ -69,6 +76,12 @@ def test_a_model_without_served_names_goes_by_its_own():
         ({"host": 1, "port": "x"}, "host must be text, got 1 (an integer); port must be an integer, got 'x' (text)"),
         ({"kv_cache_memory_bytes": "-1"}, "kv_cache_memory_bytes must be a number of bytes such as 2147483648, "),
         ({"kv_cache_memory_bytes": 0}, "kv_cache_memory_bytes must be greater than 0, got 0 (an integer)"),
+        (
+            {"max_model_len": "1.5K"},
+            "max_model_len must be an integer such as 4096, 4k (4000) or 4K (4096), got",
+        ),
+        ({"max_model_len": "0"}, "max_model_len must be at least 1, got 0 (an integer)"),
+        ({"enable_chunked_prefill": False}, "enable_chunked_prefill cannot be off: prompts are always computed in"),
         ({"hf_overrides": "[1]"}, "hf_overrides must be a mapping, got [1] (a list)"),
         ({"hf_overrides": "{a"}, "hf_overrides must be a JSON object (Expecting property name"),
         ({"token_buckets": "a,b"}, "token_buckets must be integers such as 16,32,64, got 'a,b' (text)"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -213,3 +214,21 @@ def test_end_of_sequence_ids_stay_when_sampling_defaults_are_ignored(checkpoint:
         files = open_model(ModelSettings(model=str(checkpoint), generation_config=mode))
         given[mode] = (files.eos_token_ids, files.default_sampling)
     assert given == {"auto": ([2, 7], {"temperature": 0.0, "top_k": 5}), "vllm": ([2, 7], {})}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"temperature": "hot"}, "temperature must be a number from 0 to 100, got 'hot'"),
+        ({"eos_token_id": "x"}, "'eos_token_id' must be an integer from 0 up, or a list of such, got 'x'"),
+    ],
+)
+def test_impossible_values_of_a_generation_config_are_named_at_the_start(
+    checkpoint: Path, tmp_path: Path, values: dict[str, object], message: str
+) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).symlink_to(checkpoint / name)
+    (tmp_path / "generation_config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"^generation_config\.json: {message}"):
+        open_model(ModelSettings(model=str(tmp_path)))

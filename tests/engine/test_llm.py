@@ -1,12 +1,23 @@
 """`LLM` drives a core in this process; what it shares with the server is tested there."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import jaxserve
 from jaxserve import LLM, SamplingParams
-from jaxserve.errors import ChatTemplateError, ConfigError, EngineDeadError, InvalidRequestError, QueueFullError
+from jaxserve.config import load_config
+from jaxserve.errors import (
+    ChatTemplateError,
+    ConfigError,
+    EngineDeadError,
+    InvalidRequestError,
+    QueueFullError,
+    TokenizerError,
+)
 from jaxserve.outputs import FinishReason
 from tests.engine.fake_core import CRASH, FAIL_ROW, FakeCore, expected_tokens
 
@@ -56,11 +67,44 @@ def test_one_prompt_may_come_without_a_list(llm):
     assert llm.generate([], params, use_tqdm=False) == []
 
 
+def test_prompts_may_be_dicts_as_in_vllm(llm):
+    params = SamplingParams(max_tokens=2)
+    forms = [{"prompt": "ab"}, {"prompt_token_ids": [3, 4]}, "cd", (5, 6)]
+
+    outputs = llm.generate(forms, params, use_tqdm=False)
+
+    assert [output.prompt for output in outputs] == ["ab", None, "cd", None]
+    assert [output.prompt_token_ids for output in outputs][1::2] == [[3, 4], [5, 6]]
+    assert [llm.generate(form, params, use_tqdm=False)[0].prompt_token_ids for form in forms] == [
+        output.prompt_token_ids for output in outputs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"text": "ab"}, "must have the key 'prompt' or 'prompt_token_ids' and no other, got 'text'"),
+        ([{"prompt": "ab", "multi_modal_data": {}}], "and no other, got 'prompt', 'multi_modal_data'"),
+        ({"prompt": [1]}, "'prompt' of a prompt must be text, got list"),
+        ({"prompt_token_ids": "ab"}, "'prompt_token_ids' of a prompt must be a list of token ids, got str"),
+        (["ab", 5], "a prompt must be text, a list of token ids, .*, got int"),
+        (5, "prompts must be text, .* or a list of such, got int"),
+        (b"ab", "prompts must be text, .* or a list of such, got bytes"),
+        (None, "prompts must be text, .* or a list of such, got NoneType"),
+    ],
+)
+def test_a_prompt_of_another_form_is_refused(llm, prompts, message):
+    with pytest.raises(InvalidRequestError, match=message):
+        llm.generate(prompts, use_tqdm=False)
+
+
 def test_n_and_stop_strings_work_as_on_the_server(llm):
     [output] = llm.generate("abc", SamplingParams(n=2, stop=["ca"]), use_tqdm=False)
 
     assert [completion.text for completion in output.outputs] == ["ab", "ab"]
     assert [completion.stop_reason for completion in output.outputs] == ["ca", "ca"]
+    [output] = llm.generate("abc", SamplingParams(stop="ca"), use_tqdm=False)
+    assert output.outputs[0].stop_reason == "ca"
 
 
 def test_more_prompts_than_the_queue_takes_are_fed_as_it_empties(make_llm):
@@ -108,6 +152,12 @@ def test_a_conversation_goes_through_the_template(llm):
     )
 
 
+def test_a_bad_chat_template_is_named_before_the_engine_starts(make_config, tmp_path):
+    config = make_config({}, chat_template=str(tmp_path / "absent.jinja"))
+    with pytest.raises(TokenizerError, match="cannot read the chat template"):
+        LLM(config=config)
+
+
 def test_a_model_without_a_template_cannot_chat(llm):
     with pytest.raises(ChatTemplateError, match="no chat template"):
         llm.chat([{"role": "user", "content": "hi"}], use_tqdm=False)
@@ -120,6 +170,20 @@ def test_a_closed_llm_says_so(make_llm):
 
     with pytest.raises(EngineDeadError, match="closed"):
         llm.generate("a", use_tqdm=False)
+
+
+def test_the_readmes_example_runs(llm, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(from jaxserve import LLM.*?)```", readme, re.DOTALL)
+
+    def llm_with(**settings):
+        load_config(None, settings)  # they exist
+        return llm
+
+    monkeypatch.setattr(jaxserve, "LLM", llm_with)
+    exec(example, {})
+
+    assert capsys.readouterr().out == "The capi\n"  # the fake repeats its prompt
 
 
 def test_a_misspelt_setting_is_named():

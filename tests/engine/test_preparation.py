@@ -1,11 +1,13 @@
 """A request is checked and completed before the engine hears of it."""
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.preparation import MAX_CHARS_PER_TOKEN, SEED_LIMIT, RequestPreparer
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.tokenizer.tokenizer import tokenizer_from_backend
 
 EOS = 256
 CONTEXT = 20
@@ -50,6 +52,23 @@ def test_tokens_pass_as_they_are(prepare):
 def test_a_wrong_prompt_is_named(prepare, prompt, words):
     with pytest.raises(InvalidRequestError, match=words):
         prepare(prompt)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"), [("prompt", {"prompt": "a<new>b"}), ("bad_words", {"bad_words": ["<new>"]})]
+)
+def test_a_text_with_a_token_that_the_model_does_not_know_is_refused(tokenizer, field, values):
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.add_tokens(["<new>"])
+    added = backend.token_to_id("<new>")
+    info = CoreInfo(max_model_len=CONTEXT, vocab_size=added, num_blocks=9, block_size=4, fingerprint="f")
+    preparer = RequestPreparer(tokenizer_from_backend(backend), info, seed=0, max_queued_requests=4)
+    prompt = values.pop("prompt", "ab")
+
+    wanted = f"^{field} holds the token '<new>', whose id {added} the model does not know: .* 0 to {added - 1}$"
+    with pytest.raises(InvalidRequestError, match=wanted) as raised:
+        preparer.prepare(prompt, SamplingParams(**values), request_id="r")
+    assert raised.value.param == field
 
 
 def test_a_prompt_without_room_for_an_answer_is_too_long(prepare):
@@ -113,6 +132,13 @@ def test_a_request_without_a_seed_gets_one_that_json_keeps_exact(prepare):
 
     assert len(seeds) == 20
     assert all(0 <= seed < SEED_LIMIT for seed in seeds)
+
+
+def test_a_negative_seed_is_one_of_the_others_and_minus_one_is_none(prepare):
+    sequences = prepare(n=2, seed=-(2**63)).sequences
+
+    assert [sequence.sampling_params.seed for sequence in sequences] == [2**63, 2**63 + 1]
+    assert len({prepare(seed=-1).params.seed for _ in range(5)}) == 5
 
 
 def test_n_sequences_have_seeds_in_a_row_and_share_the_prompt(prepare):

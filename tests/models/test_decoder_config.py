@@ -41,3 +41,36 @@ def test_what_is_no_positive_number_is_named(name: str, value: object) -> None:
 
 def test_a_window_that_is_switched_off_is_not_read() -> None:
     assert DecoderConfig.from_hf(TINY | {"sliding_window": 0, "use_sliding_window": False}).sliding_window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": 5}, "'architectures' must be a list of texts, got 5"),
+        ({"architectures": "LlamaForCausalLM"}, "'architectures' must be a list of texts, got 'LlamaForCausalLM'"),
+        ({"tie_word_embeddings": "false"}, "'tie_word_embeddings' must be true or false, got 'false'"),
+        ({"attention_bias": 1}, "'attention_bias' must be true or false, got 1"),
+        ({"rope_theta": "abc"}, "'rope_theta' must be a number above 1, got 'abc'"),
+        ({"rope_theta": 0}, "'rope_theta' must be a number above 1, got 0"),
+        ({"rope_scaling": "linear"}, "'rope_scaling' must be a JSON object, got 'linear'"),
+        ({"rope_parameters": [1]}, r"'rope_parameters' must be a JSON object, got \[1\]"),
+        ({"rope_scaling": {"rope_type": ["a"]}}, r"'rope_type' must be text, got \['a'\]"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "'factor' must be a positive number, got 'x'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "'factor' must be a positive number, got 0"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor' in rope_parameters"),
+        ({"rope_scaling": {"rope_type": "yarn", "beta_fast": {}}}, "rope_parameters that differ by layer type"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": "a", "mscale_all_dim": 1}}, "'mscale' must be"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0,
+                    "original_max_position_embeddings": 128,
+                }
+            },
+            r"low_freq_factor \(4\) must be less than high_freq_factor \(1\)",
+        ),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_is_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(CheckpointError, match=rf"^config\.json: {message}"):
+        DecoderConfig.from_hf(TINY | changes)

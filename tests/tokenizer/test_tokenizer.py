@@ -11,7 +11,7 @@ import sentencepiece
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
-from jaxserve.errors import InvalidRequestError, TokenizerError
+from jaxserve.errors import CheckpointError, InvalidRequestError, TokenizerError
 from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
 
 
@@ -43,6 +43,15 @@ def test_eos_ids_are_those_of_tokenizer_config_and_generation_config(folder):
     tokenizer = Tokenizer.from_source(folder)
 
     assert tokenizer.eos_token_ids == (5, 7, tokenizer.backend.token_to_id("<|im_end|>"))
+
+
+@pytest.mark.parametrize(("value", "shown"), [("x", "'x'"), ([1, "2"], r"\[1, '2'\]"), (True, "True"), (-1, "-1")])
+def test_an_eos_id_that_is_no_token_id_is_named(folder, value, shown):
+    write(folder, "generation_config.json", {"eos_token_id": value})
+
+    wanted = rf"^generation_config\.json: 'eos_token_id' must be an integer from 0 up, or a list of such, got {shown}$"
+    with pytest.raises(CheckpointError, match=wanted):
+        Tokenizer.from_source(folder)
 
 
 def test_smollm2_knows_its_special_tokens(smollm2):
@@ -166,6 +175,14 @@ def test_a_list_of_named_templates_becomes_a_dict(folder):
     write(folder, "tokenizer_config.json", {"chat_template": [{"name": "default", "template": "x"}]})
 
     assert Tokenizer.from_source(folder).chat_template == {"default": "x"}
+
+
+@pytest.mark.parametrize("template", [5, [{"name": "default"}], ["x"], [{"name": "default", "template": 5}]])
+def test_a_chat_template_of_another_type_is_named(folder, template):
+    write(folder, "tokenizer_config.json", {"chat_template": template})
+
+    with pytest.raises(TokenizerError, match="has a chat_template that is neither a string nor a list of named ones"):
+        Tokenizer.from_source(folder)
 
 
 def test_truncation_and_padding_of_the_file_are_off(folder, byte_level):

@@ -58,15 +58,26 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
 
 
 def test_a_hub_id_is_downloaded_with_nothing_but_model_files(tmp_path, monkeypatch):
-    calls = []
+    calls, fetched = [], set()
+    repository = {
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "additional_chat_templates/tool_use.jinja", "consolidated.safetensors", "consolidated.safetensors.index.json",
+        "original/params.json", "onnx/model.safetensors", "pytorch_model.bin",
+    }  # fmt: skip
 
-    def snapshot_download(repo_id, *, revision, allow_patterns):
+    def snapshot_download(repo_id, *, revision, allow_patterns, ignore_patterns):
         calls.append((repo_id, revision, tuple(allow_patterns)))
+        patterns = {"allow_patterns": allow_patterns, "ignore_patterns": ignore_patterns}
+        fetched.update(huggingface_hub.utils.filter_repo_objects(repository, **patterns))
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
 
     assert resolve_source("owner/name", revision="main") == ModelSource("folder", tmp_path)
+    assert fetched == {
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "additional_chat_templates/tool_use.jinja",
+    }  # fmt: skip
     resolve_source("owner/name", tokenizer_only=True)
     assert calls == [("owner/name", "main", MODEL_FILES), ("owner/name", None, TOKENIZER_FILES)]
 
