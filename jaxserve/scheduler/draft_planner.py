@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jaxserve.scheduler.block_tables import BlockTables
 from jaxserve.scheduler.plan import StepPlan, StepResult
@@ -12,9 +11,8 @@ from jaxserve.scheduler.scheduled_request import ScheduledRequest
 from jaxserve.scheduler.settings import DraftCounts, SchedulerSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRoom:
-    """A row that may compute drafts behind its own tokens."""
+class DraftRoom(NamedTuple):
+    """A row that may compute drafts behind its own tokens. A tuple, since each row of each step has one."""
 
     request_id: str
     token_ids: list[int]  # what the host knows of the sequence; the scheduler's own list, not to be kept
