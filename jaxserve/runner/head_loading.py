@@ -46,7 +46,7 @@ def open_head(speculative: SpeculativeConfig, target: ModelFiles, *, is_dummy: b
     read = _read_eagle3 if speculative.method == "eagle3" else _read_mtp
     try:
         if speculative.model is not None:
-            checkpoint, hf_config = _open(speculative.model, is_dummy=is_dummy)
+            checkpoint, hf_config = _open(speculative.model, speculative.revision, is_dummy=is_dummy)
         names = frozenset(checkpoint.tensor_names()) if checkpoint is not None else None
         config, feature_layers = read(hf_config, target.decoder, names)
     except (CheckpointError, ConfigError) as error:
@@ -58,8 +58,8 @@ def open_head(speculative: SpeculativeConfig, target: ModelFiles, *, is_dummy: b
     return HeadFiles(files, config, HEADS[speculative.method], feature_layers)
 
 
-def _open(model: str, *, is_dummy: bool) -> tuple[Checkpoint | None, dict[str, Any]]:
-    source = resolve_source(model, tokenizer_only=is_dummy)
+def _open(model: str, revision: str | None, *, is_dummy: bool) -> tuple[Checkpoint | None, dict[str, Any]]:
+    source = resolve_source(model, revision=revision, tokenizer_only=is_dummy)
     if source.kind != "folder":
         raise ConfigError("is a GGUF file; a head must be a folder or hub id with safetensors and config.json")
     if is_dummy:

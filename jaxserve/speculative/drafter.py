@@ -45,12 +45,15 @@ class SpeculativeDrafter:
         max_tokens: int,
         step_sizes: Sequence[int],
         is_adaptive: bool,
+        max_len: int | None = None,
         drafts_for_prompts: bool = True,
     ) -> None:
-        """`drafts_for_prompts`: whether a row may have drafts in the step that computes the end of its prompt."""
+        """`max_len`: tokens of a sequence beyond which no draft lies; `drafts_for_prompts`: whether a row may have
+        drafts in the step that computes the end of its prompt."""
         self._proposer = proposer
         self._drafts_for_prompts = drafts_for_prompts
         self._max_tokens = max_tokens  # drafts a row
+        self._max_len = max_len
         self._is_adaptive = is_adaptive
         self._times = StepTimes(step_sizes)
         self._rates = Rates()
@@ -122,6 +125,10 @@ class SpeculativeDrafter:
         if not (room.is_decode or self._drafts_for_prompts):
             return None
         num_tokens = room.num_ahead + min(self._max_tokens, room.max_drafts)
+        if self._max_len is not None:
+            num_tokens = min(num_tokens, self._max_len - len(room.token_ids))
+            if num_tokens <= room.num_ahead:
+                return None
         proposal = self._proposer.propose(room.request_id, room.token_ids, num_tokens)
         if proposal is None or len(proposal.token_ids) <= room.num_ahead:
             return None

@@ -84,6 +84,15 @@ def test_limits_of_the_row_and_of_the_step_hold():
     assert sum(map(len, drafts.values())) == 5
 
 
+def test_no_draft_lies_beyond_the_length_of_a_draft_model():
+    drafter = SpeculativeDrafter(Fixed(), max_tokens=4, step_sizes=SIZES, is_adaptive=False, max_len=10)
+    lengths = {}
+    for num_tokens in range(5, 12):
+        drafts = drafter.draft([room("a", token_ids=[9] * num_tokens, num_ahead=1)], num_tokens=1, max_drafts=8)
+        lengths[num_tokens] = len(drafts.get(0, ()))
+    assert lengths == {5: 4, 6: 3, 7: 2, 8: 1, 9: 0, 10: 0, 11: 0}
+
+
 def test_tokens_in_flight_are_guessed_and_passed_over():
     drafter = make(is_adaptive=False)
     assert drafter.draft([room("a", num_ahead=1)], num_tokens=1, max_drafts=8) == {0: [2, 3, 4, 5]}
