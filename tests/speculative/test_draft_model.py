@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.errors import ConfigError
 from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.tokenizer.vocabulary import first_difference
+from jaxserve.weights.source import resolve_source
 from tests.checkpoints import save_random_llama
+from tests.e2e.tiny_model import write_config
 from tests.harness import greedy, run, tiny_config, tokens
 
 NUM_TOKENS = 24
@@ -123,6 +127,9 @@ def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -
     other = save_random_llama(tmp_path / "other", vocab_size=321, num_hidden_layers=1)
     short = save_random_llama(tmp_path / "short", max_position_embeddings=64, num_hidden_layers=1)
     odd = save_random_llama(tmp_path / "odd", intermediate_size=45, num_hidden_layers=1)
+    speculative = {"model": str(short), "max_model_len": 65}
+    with pytest.raises(ConfigError, match=r"takes 64 tokens, max_model_len is 65; set .* or speculative_config's own"):
+        EngineCore(tiny_config(str(folders["itself"]), speculative_config=speculative))
     for folder, message, changes in (
         (other, "has a vocabulary of 321 tokens, the model has 320", {}),
         (short, "takes 64 tokens, max_model_len is 128", {}),
@@ -134,3 +141,19 @@ def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -
     ):
         with pytest.raises(ConfigError, match=message):
             drafting(folders | {"bad": folder}, "bad", **changes)
+
+
+def test_a_draft_model_whose_tokens_have_other_ids_is_refused_and_names_one(tmp_path) -> None:
+    model, draft = (write_config(tmp_path / name) for name in ("model", "draft"))
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 257, "content": "<more>"})
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sources = [resolve_source(folder) for folder in (draft, model)]
+    assert first_difference(*sources) is None  # a token at the end that the model lacks
+    vocab = tokenizer["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    lowest = min(vocab["A"], vocab["B"])
+    config = tiny_config(str(model), load_format="dummy", speculative_config={"model": str(draft)})
+    with pytest.raises(ConfigError, match=rf"token {lowest} is 'B' to it and 'A' to the model; a draft model must"):
+        EngineCore(config)
