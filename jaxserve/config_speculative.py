@@ -37,7 +37,10 @@ class SpeculativeConfig(Settings):
         default=5, ge=1, le=MAX_SPECULATIVE_TOKENS, description="Most tokens guessed at once for a request."
     )
     prompt_lookup_min: int = Field(
-        default=2, ge=1, le=16, description="ngram: fewest tokens that must repeat. [prompt_lookup_max if given, else 2]"
+        default=2,
+        ge=1,
+        le=16,
+        description="ngram: fewest tokens that must repeat. [prompt_lookup_max if given, else 2]",
     )
     prompt_lookup_max: int = Field(
         default=5, ge=1, le=16, description="ngram: most tokens that are compared. [prompt_lookup_min if given, else 5]"

@@ -96,12 +96,12 @@ class DecoderConfig:
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Read `config.json`, old spellings and new; `CheckpointError` names a missing or impossible entry."""
-        num_q_heads = _positive(config, "num_attention_heads")
-        hidden_size = _positive(config, "hidden_size")
+        num_q_heads = positive_integer(config, "num_attention_heads")
+        hidden_size = positive_integer(config, "hidden_size")
         # Transformers writes null for these two where they follow from the others.
         given = {name: value for name, value in config.items() if value is not None}
-        num_kv_heads = _positive(given, "num_key_value_heads", default=num_q_heads)
-        head_dim = _positive(given, "head_dim", default=hidden_size // num_q_heads)
+        num_kv_heads = positive_integer(given, "num_key_value_heads", default=num_q_heads)
+        head_dim = positive_integer(given, "head_dim", default=hidden_size // num_q_heads)
         if num_q_heads % num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
@@ -110,16 +110,19 @@ class DecoderConfig:
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
-        architecture = str((config.get("architectures") or ["<none>"])[0])
+        architectures = config.get("architectures") or ["<none>"]
+        if not isinstance(architectures, list):
+            raise CheckpointError(f"config.json: 'architectures' must be a list of names, got {architectures!r}")
+        architecture = str(architectures[0])
         attention_bias = bool(config.get("attention_bias", False))
-        max_position_embeddings = _positive(config, "max_position_embeddings", default=2048)
+        max_position_embeddings = positive_integer(config, "max_position_embeddings", default=2048)
         has_window = config.get("use_sliding_window", True) and "sliding_window" in given
         return cls(
             architecture=architecture,
-            vocab_size=_positive(config, "vocab_size"),
+            vocab_size=positive_integer(config, "vocab_size"),
             hidden_size=hidden_size,
-            ffn_size=_positive(config, "intermediate_size"),
-            num_layers=_positive(config, "num_hidden_layers"),
+            ffn_size=positive_integer(config, "intermediate_size"),
+            num_layers=positive_integer(config, "num_hidden_layers"),
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -130,11 +133,12 @@ class DecoderConfig:
             attention_bias=attention_bias or architecture in _QKV_BIAS_ALONE,
             attention_out_bias=attention_bias and architecture not in _QKV_BIAS_ALONE,
             mlp_bias=bool(config.get("mlp_bias", False)),
-            sliding_window=_positive(config, "sliding_window") if has_window else None,
+            sliding_window=positive_integer(config, "sliding_window") if has_window else None,
         )
 
 
-def _positive(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+def positive_integer(config: Mapping[str, Any], name: str, *, default: int | None = None) -> int:
+    """An entry of config.json; `CheckpointError` where it is something else."""
     value = config.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise CheckpointError(f"config.json: {name!r} must be a positive integer, got {value!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxserve.config_speculative import SpeculativeConfig
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.models.base import DecoderConfig
+from jaxserve.models.base import DecoderConfig, positive_integer
 from jaxserve.models.head import DraftHead, HeadConfig
 from jaxserve.models.registry import HEADS
 from jaxserve.runner.loading import ModelFiles
@@ -74,13 +74,14 @@ def _read_eagle3(
     """Spellings: SafeAILab's and SGLang's (flat, `midlayer.*`), speculators' (nested, `layers.0.*`)."""
     config = _flat(hf_config)
     decoder = DecoderConfig.from_hf(config)
-    target_hidden_size = config.get("target_hidden_size") or decoder.hidden_size
-    draft_vocab_size = config.get("draft_vocab_size") or decoder.vocab_size
+    given = {name: value for name, value in config.items() if value is not None}
+    target_hidden_size = positive_integer(given, "target_hidden_size", default=decoder.hidden_size)
+    draft_vocab_size = positive_integer(given, "draft_vocab_size", default=decoder.vocab_size)
     if names is None:
         names = frozenset({"fc.weight", "lm_head.weight", "midlayer.hidden_norm.weight"})
     if "fc.weight" not in names:
         raise CheckpointError("is no EAGLE-3 head: it has no 'fc.weight', the tensor that joins three layers' states")
-    if (config.get("eagle_config") or {}).get("use_aux_hidden_state") is False:
+    if _eagle_config(config).get("use_aux_hidden_state") is False:
         raise CheckpointError("reads the model's last layer alone (use_aux_hidden_state), which is not supported")
     if decoder.num_layers != 1:
         raise CheckpointError(f"has {decoder.num_layers} layers (num_hidden_layers); heads of 1 are supported")
@@ -117,11 +118,11 @@ def _flat(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def _feature_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
     """Whose inputs it reads. Named at the top level these are vLLM's, which count so; in `eagle_config` SGLang's, which
     count the layers that these come out of. Without them: EAGLE-3's own choice."""
-    given = config.get("eagle_aux_hidden_state_layer_ids")
-    inner = (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+    given = _layer_ids(config)
+    inner = _layer_ids(_eagle_config(config))
     layers = [2, num_layers // 2, num_layers - 3]
     if given:
-        layers = list(given)
+        layers = given
     elif inner:
         layers = [layer + 1 for layer in inner]
     is_right = len(layers) == _NUM_FEATURE_LAYERS and sorted(set(layers)) == layers
@@ -131,6 +132,28 @@ def _feature_layers(config: Mapping[str, Any], num_layers: int) -> tuple[int, ..
             "(behind the last); name them in its config.json as eagle_aux_hidden_state_layer_ids"
         )
     return tuple(layers)
+
+
+def _layer_ids(config: Mapping[str, Any]) -> list[int]:
+    """What a config says under that name; empty where it does not."""
+    value = config.get("eagle_aux_hidden_state_layer_ids")
+    if value is None:
+        return []
+    if not isinstance(value, list) or not all(type(layer) is int for layer in value):
+        raise CheckpointError(
+            f"config.json: 'eagle_aux_hidden_state_layer_ids' must be a list of {_NUM_FEATURE_LAYERS} integers, "
+            f"got {value!r}"
+        )
+    return value
+
+
+def _eagle_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    value = config.get("eagle_config")
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise CheckpointError(f"config.json: 'eagle_config' must be an object, got {value!r}")
+    return value
 
 
 def _read_mtp(

@@ -124,7 +124,10 @@ def test_heads_are_named_as_vllm_names_them(value, wanted):
         ('{"method": "mtp", "max_model_len": 9}', r"must have no max_model_len \(9\) with method 'mtp': only a draft"),
         ('{"model": "x", "draft_tensor_parallel_size": 0}', r"draft_tensor_parallel_size must be at least 1, got 0"),
         ('{"method": "ngram", "prompt_lookup_max": 17}', r"prompt_lookup_max must be at most 16, got 17"),
-        ('{"method": "ngram", "prompt_lookup_min": 7, "prompt_lookup_max": 5}', r"prompt_lookup_min \(7\) at most prompt_lookup_max \(5\)"),
+        (
+            '{"method": "ngram", "prompt_lookup_min": 7, "prompt_lookup_max": 5}',
+            r"prompt_lookup_min \(7\) at most prompt_lookup_max \(5\)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(value, message):

@@ -85,7 +85,13 @@ def test_prefix_cached_the_tokens_are_the_same(core, prompts, reference) -> None
 
 
 def test_with_drafts_batched_chunked_and_preempted_the_tokens_are_the_same(prompts, reference) -> None:
-    speculative = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1, "prompt_lookup_max": 5, "adaptive": False}
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 6,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 5,
+        "adaptive": False,
+    }
     changes = {"max_model_len": 128, "num_gpu_blocks_override": 12, "token_buckets": (8, 64)}
     core = EngineCore(tiny_config(SMOLLM2, speculative_config=speculative, **changes))
     for each in (prompts * 2, prompts[:2]):
