@@ -88,8 +88,8 @@ class SpeculativeConfig(Settings):
             raise ValueError(f"must have no revision ({self.revision!r}) without a model that it is of")
         if self.max_model_len is not None and self.method != "draft_model":
             raise ValueError(
-                f"must have no max_model_len ({self.max_model_len}) with method {self.method!r}: only a draft model has "
-                "a length of its own"
+                f"must have no max_model_len ({self.max_model_len}) with method {self.method!r}: only a draft model "
+                "has a length of its own"
             )
         if self.prompt_lookup_min > self.prompt_lookup_max:
             raise ValueError(
@@ -113,6 +113,6 @@ def check_spread(settings: SpeculativeSettings, tensor_parallel_size: int) -> No
     asked = None if settings.speculative_config is None else settings.speculative_config.draft_tensor_parallel_size
     if asked not in (None, 1, tensor_parallel_size):
         raise ConfigError(
-            f"speculative_config.draft_tensor_parallel_size must be 1 or tensor_parallel_size ({tensor_parallel_size}), "
-            f"got {asked}: what drafts is spread over the model's devices"
+            "speculative_config.draft_tensor_parallel_size must be 1 or tensor_parallel_size "
+            f"({tensor_parallel_size}), got {asked}: what drafts is spread over the model's devices"
         )

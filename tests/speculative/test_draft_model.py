@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -101,6 +102,24 @@ def test_a_model_that_nearly_agrees_saves_steps_and_changes_no_answer(folders, w
 @pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])
 def test_a_model_of_another_shape_that_agrees_on_nothing_changes_no_answer(folders, wanted, changes) -> None:
     assert check(drafting(folders, "far", **changes), wanted) < 0.2
+
+
+def test_whoever_shares_the_blocks_of_a_sequence_that_ended_with_an_accepted_draft_fills_the_gap(folders) -> None:
+    core = drafting(folders, "itself", max_num_seqs=2, max_num_batched_tokens=64, token_buckets=(64,))
+    first = PROMPTS[1]
+    (deltas,) = run(core, [first], greedy(33 - len(first)))  # position 31, the last to be computed, is block 1's last
+    assert len(deltas[-1].token_ids) > 1
+    runner: Any = core._runner
+    plans = []
+    dispatch = runner.dispatch
+    runner.dispatch = lambda plan: plans.append(plan) or dispatch(plan)
+    run(core, [[*first, *tokens(deltas), 7]], greedy(4))
+    assert plans[0].starts == [32]
+    shared = plans[0].new_slots[0].block_ids[:2]
+    for ours, theirs in zip(runner._drafts._caches, runner._caches, strict=True):
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(one[np.array(shared)], other[np.array(shared)], atol=1e-5)
+    core.shutdown()
 
 
 def test_a_pool_of_so_many_bytes_is_shared_between_both(folders) -> None:
