@@ -104,6 +104,18 @@ def test_with_drafts_batched_chunked_and_preempted_the_tokens_are_the_same(promp
     core.shutdown()
 
 
+def test_with_itself_as_its_draft_model_the_tokens_are_the_same_and_all_drafts_hold(prompts, reference) -> None:
+    speculative = {"model": SMOLLM2, "num_speculative_tokens": 4, "adaptive": False}
+    changes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "token_buckets": (16,), "max_model_len": 64}
+    core = EngineCore(tiny_config(SMOLLM2, speculative_config=speculative, num_gpu_blocks_override=16, **changes))
+    deltas = run(core, prompts[:3], greedy(12))
+    assert [tokens(one) for one in deltas] == [wanted[:12] for wanted, _ in reference[:3]]
+    stats = core.stats()
+    assert stats.drafts.num_draft_tokens == stats.drafts.num_accepted_tokens > 15
+    assert stats.num_compiles_after_ready == 0
+    core.shutdown()
+
+
 def test_nothing_was_compiled_after_ready_and_no_block_is_lost(core) -> None:
     assert core.stats().num_compiles_after_ready == 0
     assert core.stats().kv_cache_usage == 0
