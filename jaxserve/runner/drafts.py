@@ -172,7 +172,9 @@ class DraftModel:
         plan = step.as_plan()
         built = self._builder.build(plan)
         for num_filled, batch in zip(self._num_filled, built.batches, strict=True):
-            num_filled[batch.kv_slots // self._block_size] = batch.kv_slots % self._block_size + 1  # the last one counts
+            num_filled[batch.kv_slots // self._block_size] = (
+                batch.kv_slots % self._block_size + 1
+            )  # the last one counts
         _, rows, _, self._caches = self._programs.forward(
             self._params,
             self._caches,
