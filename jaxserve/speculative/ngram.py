@@ -75,7 +75,7 @@ class Runs:
             keys = keys[1:] + tokens[: len(keys) - 1] * np.uint64(factor)
             if size >= self.min_tokens:
                 ends = np.arange(size, size + len(keys), dtype=np.uint64)
-                tables.append(memoryview(np.sort((keys & np.uint64(_BITS64 ^ _POSITION)) | ends)))
+                tables.append(np.sort((keys & np.uint64(_BITS64 ^ _POSITION)) | ends).data)
         return tables
 
 

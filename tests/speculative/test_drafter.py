@@ -11,7 +11,7 @@ from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.proposer import Proposal
 from jaxserve.speculative.step_times import StepTimes
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Fixed:
