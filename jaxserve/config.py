@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from jaxserve.config_deploy import DeploySettings
 from jaxserve.config_file import read_launch_file, unknown_setting
 from jaxserve.config_parallel import ParallelSettings, check_parallel
-from jaxserve.config_speculative import SpeculativeSettings
+from jaxserve.config_speculative import SpeculativeSettings, check_spread
 from jaxserve.config_values import Bytes, Count, Integers, JsonObject, Settings, Strings, describe_errors
 from jaxserve.errors import ConfigError
 
@@ -157,6 +157,7 @@ class Config(Settings):
         _check_cache(self.cache)
         _check_steps(self)
         check_parallel(self.parallel)
+        check_spread(self.speculative, self.parallel.tensor_parallel_size)
         _check_runtime(self.runtime)
         if not all(key.strip() for key in self.server.api_key):
             raise ConfigError("api_key must not be empty: leave it out to serve without a key")

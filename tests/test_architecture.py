@@ -101,7 +101,6 @@ FREE_OF_JAX = (
     *VOCABULARY,
     "jaxserve",
     "jaxserve.scheduler",
-    "jaxserve.speculative",
     "jaxserve.cache.block_pool",
     "jaxserve.cache.prefix_cache",
     "jaxserve.deploy.prefix_index",

@@ -22,6 +22,8 @@ from jaxserve.speculative.drafter import SpeculativeDrafter
 from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.ngram import NgramProposer
 from jaxserve.speculative.proposer import Proposer
+from jaxserve.tokenizer.vocabulary import first_difference
+from jaxserve.weights.source import resolve_source
 
 
 def max_num_drafts(speculative: SpeculativeConfig | None, max_num_seqs: int) -> int:
@@ -38,6 +40,7 @@ def make_drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Dra
         max_tokens=speculative.num_speculative_tokens,
         step_sizes=buckets.token_sizes,
         is_adaptive=speculative.adaptive,
+        max_len=speculative.max_model_len,
         drafts_for_prompts=speculative.method not in HEAD_METHODS,  # a head reads what the model gave the token before
     )
 
@@ -52,7 +55,7 @@ def open_models(
     model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
     if speculative is None or speculative.model is None:
         return (model,)
-    return model, _draft_model(config, speculative.model, model, max_model_len)
+    return model, _draft_model(config, speculative, speculative.model, model, max_model_len)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,15 +88,19 @@ def _with_head(
     return model, parts
 
 
-def _draft_model(config: Config, name: str, target: ModelParts, max_model_len: int) -> ModelParts:
+def _draft_model(
+    config: Config, speculative: SpeculativeConfig, name: str, target: ModelParts, max_model_len: int
+) -> ModelParts:
     settings = ModelSettings(
         model=name,
+        revision=speculative.revision,
         dtype=config.model.dtype,
         load_format="dummy" if config.model.load_format == "dummy" else "auto",
         seed=config.model.seed,
     )
     files = open_model(settings)
-    _check_fits(name, files, target.files, max_model_len)
+    _check_fits(name, files, target.files, min(max_model_len, speculative.max_model_len or max_model_len))
+    _check_tokens(config.model, settings)
     backend = _backend(config, "draft model", name, files, target.graph)
     return ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend), only_draws=True)
 
@@ -130,5 +137,20 @@ def _check_fits(name: str, draft: ModelFiles, target: ModelFiles, max_model_len:
     if draft.decoder.max_position_embeddings < max_model_len:
         raise ConfigError(
             f"draft model {name!r} takes {draft.decoder.max_position_embeddings} tokens, max_model_len is "
-            f"{max_model_len}; set max_model_len to what both take"
+            f"{max_model_len}; set max_model_len to what both take, or speculative_config's own to what the draft takes"
+        )
+
+
+def _check_tokens(model: ModelSettings, draft: ModelSettings) -> None:
+    """A draft is token ids: they must mean the same to both."""
+    sources = [
+        resolve_source(settings.tokenizer or settings.model, revision=settings.revision, tokenizer_only=True)
+        for settings in (draft, model)
+    ]
+    difference = first_difference(*sources)
+    if difference is not None:
+        raise ConfigError(
+            f"draft model {draft.model!r} has another vocabulary than the model: token {difference.token_id} is "
+            f"{difference.token!r} to it and {difference.other!r} to the model; a draft model must share the model's "
+            "tokenizer"
         )

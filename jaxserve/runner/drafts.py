@@ -16,8 +16,6 @@ from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SlotParameters
 from jaxserve.scheduler.plan import StepPlan
 
-_NOTHING_YET = np.iinfo(np.int32).max  # tokens: a slot whose first row says where its computation begins
-
 
 class DraftIds(Protocol):
     """A step's drafts, which may still be on their way to the host."""
@@ -107,12 +105,14 @@ class DraftModel:
         self._parameters = parameters
         self._builder = BatchBuilder(shapes.buckets, slots, model.graph.backend)
         self._max_tokens = shapes.buckets.token_sizes[-1]
+        self._slots = slots
         self._num_computed = np.zeros(slots.num_data_shards * slots.slots_per_shard, np.int64)  # by slot
+        self._block_size = shapes.kv_spec.block_size
+        self._num_filled = np.zeros((slots.num_data_shards, shapes.num_blocks), np.int32)  # positions, by block
 
     def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
         """Compute the plan's rows up to their drafts, and draw those one after the other."""
-        for new in plan.new_slots:
-            self._num_computed[new.slot] = _NOTHING_YET
+        self._take_over(plan)
         drawn = DrawnIds()
         for step in self._first_passes(plan):
             tokens = self._run(step, tokens, drawn)
@@ -126,6 +126,26 @@ class DraftModel:
 
     def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
         """Nothing: it has gone ahead."""
+
+    def _take_over(self, plan: StepPlan) -> None:
+        """Nothing is in new blocks yet; what shared ones hold says where a new slot's computation begins."""
+        for slot, block_ids in plan.new_blocks:
+            self._num_filled[slot // self._slots.slots_per_shard, block_ids] = 0
+        newcomers = {new.slot for new in plan.new_slots}
+        for slot, start in zip(plan.slots, plan.starts, strict=True):
+            if slot in newcomers:
+                self._num_computed[slot] = self._occupy(slot, start)
+
+    def _occupy(self, slot: int, num_shared: int) -> int:
+        """How many of its first `num_shared` positions are filled: the last one is not where the sequence that left
+        its blocks behind ended with a draft that held."""
+        num_filled = self._num_filled[slot // self._slots.slots_per_shard]
+        shared, own = np.split(self._slots.block_tables[slot], [num_shared // self._block_size])
+        num_filled[own] = 0
+        gaps = np.flatnonzero(num_filled[shared] < self._block_size)
+        if not len(gaps):
+            return num_shared
+        return int(gaps[0]) * self._block_size + int(num_filled[shared[gaps[0]]])
 
     def _first_passes(self, plan: StepPlan) -> list[_Pass]:
         """All rows' tokens without drafts, and with the last draft of the step before where that held."""
@@ -151,6 +171,10 @@ class DraftModel:
         """One pass of the model; where rows sample, a draft of each is drawn into the token table."""
         plan = step.as_plan()
         built = self._builder.build(plan)
+        for num_filled, batch in zip(self._num_filled, built.batches, strict=True):
+            num_filled[batch.kv_slots // self._block_size] = (
+                batch.kv_slots % self._block_size + 1
+            )  # the last one counts
         _, rows, _, self._caches = self._programs.forward(
             self._params,
             self._caches,

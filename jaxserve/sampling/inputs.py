@@ -26,6 +26,7 @@ GREEDY, RANDOM, FULL = range(3)
 
 MAX_MASKED_STOP_IDS = 2 * MAX_STOP_TOKEN_IDS  # the request's own, and the model's EOS ids
 MASK_BITS = 32
+_MAX_GATHERED = 4  # choices of rows: the model's, those that draft, fewer where drafts have different lengths
 NO_TOKEN = 2**31 - 1  # padding of token id lists; no vocabulary has it
 ANY_TOKEN = -1  # in a bad word's prefix: matches whatever stands there
 
@@ -167,7 +168,8 @@ def abstract_inputs(rows: int, variant: Variant, *, vocab_size: int) -> Sampling
 class SlotParameters:
     """What each slot's request asks of the sampler: written once a request, gathered every step. Slot 0 is padding.
 
-    With `sharding`, the rules of a "full" step go to the device once and stay there while the same rows come again.
+    With `sharding`, the rules of a "full" step go to the device once and stay there while the same rows come again, be
+    it in turns with others: the model's rows and those of what drafts for it alternate.
     """
 
     max_num_seqs: int
@@ -177,7 +179,7 @@ class SlotParameters:
     _floats: np.ndarray = field(init=False)  # f32[slots, 6]
     _levels: np.ndarray = field(init=False)  # i8[slots], index into VARIANTS but for min_tokens
     _rules: LogitRules = field(init=False)
-    _gathered: tuple[bytes, LogitRules] | None = field(init=False, default=None)  # slots, their rules
+    _gathered: dict[bytes, LogitRules] = field(init=False, default_factory=dict)  # by slots, the latest last
 
     def __post_init__(self) -> None:
         slots = self.max_num_seqs + 1
@@ -191,7 +193,7 @@ class SlotParameters:
         """A request takes a slot; `stop_token_ids` are what min_tokens masks, EOS included."""
         if params.seed is None and not params.is_greedy:
             raise ValueError("a sampled request needs a seed before it reaches the runner")
-        self._gathered = None
+        self._gathered.clear()
         self._set_rules(slot, params, stop_token_ids)
         seed = params.seed or 0
         row = self._ints[slot]
@@ -221,12 +223,15 @@ class SlotParameters:
 
     def _gather_rules(self, slots: np.ndarray) -> LogitRules:
         key = slots.tobytes()
-        if self._gathered is None or self._gathered[0] != key:
+        rules = self._gathered.pop(key, None)
+        if rules is None:
             rules = jax.tree.map(lambda table: table[slots], self._rules)
             if self.sharding is not None:
                 rules = jax.tree.map(partial(to_devices, where=self.sharding), rules)
-            self._gathered = (key, rules)
-        return self._gathered[1]
+        self._gathered[key] = rules
+        if len(self._gathered) > _MAX_GATHERED:
+            del self._gathered[next(iter(self._gathered))]
+        return rules
 
     def _set_rules(self, slot: int, params: SamplingParams, stop_token_ids: list[int]) -> None:
         if len(stop_token_ids) > MAX_MASKED_STOP_IDS:

@@ -86,7 +86,13 @@ class DataParallelScheduler:
         """Take in a step's result; plans come back in the order they were made."""
         deltas: list[TokenDelta] = []
         first = 0
-        for shard, part in self._parts.pop(plan.step_id):
+        parts = self._parts.pop(plan.step_id)
+        if result.duration_s is not None:
+            # All shards' batches are padded to the size of the largest, and wait for each other.
+            num_tokens = max(part.total_num_tokens for _, part in parts)
+            for shard in self._shards:
+                shard.observe(num_tokens, has_drafts=bool(plan.drafts), duration_s=result.duration_s)
+        for shard, part in parts:
             rows = range(first, first + part.num_rows)
             deltas += shard.update(part, _rows_of(result, rows, step_id=part.step_id))
             first = rows.stop
@@ -125,10 +131,9 @@ class DataParallelScheduler:
 
 
 def _rows_of(result: StepResult, rows: range, *, step_id: int) -> StepResult:
-    """Some neighbouring rows of a result, counted from 0."""
+    """Some neighbouring rows of a result, counted from 0; the time is not theirs alone."""
     return StepResult(
         step_id=step_id,
-        duration_s=result.duration_s,
         token_ids=result.token_ids[rows.start : rows.stop],
         logprobs=_entries_of(result.logprobs, rows),
         prompt_logprobs=_entries_of(result.prompt_logprobs, rows),

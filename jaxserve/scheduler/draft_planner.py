@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from jaxserve.scheduler.block_tables import BlockTables
 from jaxserve.scheduler.plan import StepPlan, StepResult
@@ -12,9 +11,8 @@ from jaxserve.scheduler.scheduled_request import ScheduledRequest
 from jaxserve.scheduler.settings import DraftCounts, SchedulerSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraftRoom:
-    """A row that may compute drafts behind its own tokens."""
+class DraftRoom(NamedTuple):
+    """A row that may compute drafts behind its own tokens. A tuple, since each row of each step has one."""
 
     request_id: str
     token_ids: list[int]  # what the host knows of the sequence; the scheduler's own list, not to be kept
@@ -111,16 +109,16 @@ class DraftPlanner:
         self._num_steps_in_flight += bool(plan.drafts)
 
     def settle(self, plan: StepPlan, result: StepResult) -> None:
-        """A step's result is there: count what held, and tell the drafter the time."""
+        """A step's result is there: count what held."""
         for row, draft_ids in plan.drafts.items():
             num_accepted = max(0, len(result.token_ids[row]) - 1)
             self.counts = self.counts.plus(len(draft_ids), num_accepted)
             self._drafter.learn(plan.request_ids[row], num_drafts=len(draft_ids), num_accepted=num_accepted)
         self._num_steps_in_flight -= bool(plan.drafts)
-        if result.duration_s is not None:
-            self._drafter.observe(
-                num_tokens=plan.total_num_tokens, has_drafts=bool(plan.drafts), duration_s=result.duration_s
-            )
+
+    def observe(self, *, num_tokens: int, has_drafts: bool, duration_s: float) -> None:
+        """Tell the drafter how long a step took, of all data shards together."""
+        self._drafter.observe(num_tokens=num_tokens, has_drafts=has_drafts, duration_s=duration_s)
 
     def release(self, request: ScheduledRequest) -> None:
         """The request has ended."""

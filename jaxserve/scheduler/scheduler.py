@@ -115,6 +115,8 @@ class Scheduler:
         """Take in a step's result; plans come back in the order they were made."""
         rows = self._rows.pop(plan.step_id)
         self._drafts.settle(plan, result)
+        if result.duration_s is not None:
+            self.observe(plan.total_num_tokens, has_drafts=bool(plan.drafts), duration_s=result.duration_s)
         deltas: list[TokenDelta] = []
         logprobs, num_unfinished = result.logprobs, len(self._requests)
         for row, entries in result.prompt_logprobs.items():
@@ -134,6 +136,10 @@ class Scheduler:
         if len(self._requests) != num_unfinished:
             self._drop_finished()
         return deltas
+
+    def observe(self, num_tokens: int, *, has_drafts: bool, duration_s: float) -> None:
+        """Take in how long a step took."""
+        self._drafts.observe(num_tokens=num_tokens, has_drafts=has_drafts, duration_s=duration_s)
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached blocks; False where there is no prefix cache."""

@@ -48,6 +48,31 @@ def test_a_launch_file_may_hold_it_in_its_section_and_names_the_line_of_what_is_
         load_config(path, environ={})
 
 
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [({}, (2, 5)), ({"min": 3}, (3, 3)), ({"max": 4}, (4, 4)), ({"max": 1}, (1, 1)), ({"min": 3, "max": 7}, (3, 7))],
+)
+def test_one_length_of_a_lookup_alone_is_both_as_in_vllm(given, wanted):
+    config = make({"method": "ngram"} | {f"prompt_lookup_{end}": size for end, size in given.items()})
+    config = config.speculative.speculative_config
+    assert (config.prompt_lookup_min, config.prompt_lookup_max) == wanted
+
+
+def test_vllms_settings_of_the_draft_model_are_taken():
+    settings = '{"model": "small", "revision": "v1", "max_model_len": 500, "draft_tensor_parallel_size": 1}'
+    config = make(settings).speculative.speculative_config
+    assert config == SpeculativeConfig(
+        method="draft_model", model="small", revision="v1", max_model_len=500, draft_tensor_parallel_size=1
+    )
+    values = {"model": "m", "tensor_parallel_size": 2, "speculative_config": settings}
+    for size in (1, 2):
+        load_config(None, values | {"speculative_config": settings.replace("1}", f"{size}}}")}, environ={})
+    for config, size in ((values, 4), ({"model": "m"}, 2)):
+        asked = {"speculative_config": settings.replace("1}", f"{size}}}")}
+        with pytest.raises(ConfigError, match=rf"draft_tensor_parallel_size must be 1 or tensor_.*, got {size}: what"):
+            load_config(None, config | asked, environ={})
+
+
 def test_it_comes_out_of_json_as_it_went_in():
     config = make({"method": "ngram"})
     assert Config.model_validate_json(config.model_dump_json()) == config
@@ -95,7 +120,14 @@ def test_heads_are_named_as_vllm_names_them(value, wanted):
         ("ngram", r"must be a JSON object"),
         ("3", r"must be a mapping, got 3"),
         ('{"method": "ngram", "k": 3}', r"speculative_config.k must not be given: there is no such setting"),
-        ('{"method": "ngram", "prompt_lookup_min": 7}', r"prompt_lookup_min \(7\) at most prompt_lookup_max \(5\)"),
+        ('{"method": "ngram", "revision": "v1"}', r"must have no revision \('v1'\) without a model that it is of"),
+        ('{"method": "mtp", "max_model_len": 9}', r"must have no max_model_len \(9\) with method 'mtp': only a draft"),
+        ('{"model": "x", "draft_tensor_parallel_size": 0}', r"draft_tensor_parallel_size must be at least 1, got 0"),
+        ('{"method": "ngram", "prompt_lookup_max": 17}', r"prompt_lookup_max must be at most 16, got 17"),
+        (
+            '{"method": "ngram", "prompt_lookup_min": 7, "prompt_lookup_max": 5}',
+            r"prompt_lookup_min \(7\) at most prompt_lookup_max \(5\)",
+        ),
     ],
 )
 def test_what_is_wrong_is_named_in_one_line(value, message):

@@ -35,7 +35,9 @@ class Way:
 
 
 # Drafts wherever there is room, whether it pays or not.
-SPECULATIVE = {"speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}}
+SPECULATIVE = {
+    "speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 5, "adaptive": False}
+}
 
 WAYS = {
     "alone": Way(one_by_one=True, config={"enable_prefix_caching": False}),
@@ -51,7 +53,9 @@ WAYS = {
     ),
     "by priority": Way(config={"scheduling_policy": "priority"}),
     "speculative, ngram": Way(config=SPECULATIVE),
-    "speculative, adaptive": Way(config={"speculative_config": {"method": "ngram", "prompt_lookup_min": 1}}),
+    "speculative, adaptive": Way(
+        config={"speculative_config": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 5}}
+    ),
     "speculative": Way(config=SPECULATIVE, told=True),
     "speculative, synchronous": Way(config=SPECULATIVE | {"async_scheduling": False}, told=True),
     "speculative, chunked": Way(

@@ -85,7 +85,13 @@ def test_prefix_cached_the_tokens_are_the_same(core, prompts, reference) -> None
 
 
 def test_with_drafts_batched_chunked_and_preempted_the_tokens_are_the_same(prompts, reference) -> None:
-    speculative = {"method": "ngram", "num_speculative_tokens": 6, "prompt_lookup_min": 1, "adaptive": False}
+    speculative = {
+        "method": "ngram",
+        "num_speculative_tokens": 6,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 5,
+        "adaptive": False,
+    }
     changes = {"max_model_len": 128, "num_gpu_blocks_override": 12, "token_buckets": (8, 64)}
     core = EngineCore(tiny_config(SMOLLM2, speculative_config=speculative, **changes))
     for each in (prompts * 2, prompts[:2]):
@@ -95,6 +101,18 @@ def test_with_drafts_batched_chunked_and_preempted_the_tokens_are_the_same(promp
     assert stats.drafts.num_accepted_tokens > 10
     assert stats.num_preemptions > 0
     assert (stats.num_compiles_after_ready, stats.kv_cache_usage) == (0, 0)
+    core.shutdown()
+
+
+def test_with_itself_as_its_draft_model_the_tokens_are_the_same_and_all_drafts_hold(prompts, reference) -> None:
+    speculative = {"model": SMOLLM2, "num_speculative_tokens": 4, "adaptive": False}
+    changes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "token_buckets": (16,), "max_model_len": 64}
+    core = EngineCore(tiny_config(SMOLLM2, speculative_config=speculative, num_gpu_blocks_override=16, **changes))
+    deltas = run(core, prompts[:3], greedy(12))
+    assert [tokens(one) for one in deltas] == [wanted[:12] for wanted, _ in reference[:3]]
+    stats = core.stats()
+    assert stats.drafts.num_draft_tokens == stats.drafts.num_accepted_tokens > 15
+    assert stats.num_compiles_after_ready == 0
     core.shutdown()
 
 

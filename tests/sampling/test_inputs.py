@@ -48,6 +48,25 @@ def test_a_row_past_its_min_tokens_no_longer_asks_for_the_full_variant():
     assert slots.gather(np.array([1]), np.array([13]))[0] == "greedy"
 
 
+def test_rules_are_gathered_once_for_rows_that_come_in_turns_and_anew_for_a_new_request():
+    slots = slots_of(FULL, FULL, SamplingParams(seed=1, logit_bias={7: 1.0}))
+    of_model, of_drafts = np.array([1, 2, 3]), np.array([1, 3])
+
+    def rules(rows: np.ndarray) -> LogitRules:
+        found = slots.gather(rows, np.full(len(rows), 10), num_rows=4)[1].rules
+        assert found is not None
+        return found
+
+    first = rules(of_model), rules(of_drafts)
+    assert all(now is then for now, then in zip((rules(of_model), rules(of_drafts)), first, strict=True))
+    for row in (1, 2, 3):
+        for other in (1, 2):
+            rules(np.array([row, other]))
+    assert len(slots._gathered) == 4  # what was not used lately is let go
+    slots.set(3, SamplingParams(seed=1, logit_bias={8: 1.0}), stop_token_ids=[2], num_prompt_tokens=10)
+    assert rules(of_drafts).bias_ids[1, 0] == 8
+
+
 def test_padding_rows_are_greedy_and_shapes_are_those_compiled_for():
     slots = slots_of(GREEDY, RANDOM, FULL)
     for rows, expected in enumerate(VARIANTS, start=1):

@@ -100,6 +100,29 @@ def test_drafts_are_named_by_row_of_the_whole_plan_and_all_shards_wait_for_them(
     assert scheduler.schedule().request_ids == ["a", "c", "b"]
 
 
+class Timed(NoDrafter):
+    """Guesses for one request alone, and keeps what it is told of times."""
+
+    def __init__(self) -> None:
+        self.times: list[tuple[int, bool, float]] = []
+
+    def draft(self, rooms, *, num_tokens, max_drafts):
+        return {index: [7] for index, room in enumerate(rooms) if room.request_id == "a"}
+
+    def observe(self, *, num_tokens, has_drafts, duration_s):
+        self.times.append((num_tokens, has_drafts, duration_s))
+
+
+def test_a_step_s_time_is_booked_under_the_largest_shard_s_size_and_anybody_s_drafts_in_all_shards():
+    drafter = Timed()  # of all three shards
+    scheduler = scheduler_of(3, drafter, max_num_drafts=4)
+    add(scheduler, "a", "b")
+    plan = scheduler.schedule()
+    assert plan.num_tokens == [4, 3]
+    scheduler.update(plan, StepResult(step_id=plan.step_id, duration_s=0.5, token_ids=[[7, 8], [9]]))
+    assert drafter.times == [(4, True, 0.5)] * 3
+
+
 def test_an_idle_shard_has_no_rows_and_an_aborted_request_leaves_none():
     scheduler = scheduler_of(2)
     add(scheduler, "a", "b")

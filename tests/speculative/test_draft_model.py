@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,7 +15,10 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.errors import ConfigError
 from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.tokenizer.vocabulary import first_difference
+from jaxserve.weights.source import resolve_source
 from tests.checkpoints import save_random_llama
+from tests.e2e.tiny_model import write_config
 from tests.harness import greedy, run, tiny_config, tokens
 
 NUM_TOKENS = 24
@@ -23,10 +28,10 @@ PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 33, 70)] + [[
 PARAMS = [
     greedy(NUM_TOKENS),
     greedy(NUM_TOKENS, frequency_penalty=0.4, logprobs=2),
-    SamplingParams(seed=5, temperature=0.7, max_tokens=NUM_TOKENS, ignore_eos=True),
+    SamplingParams(seed=5, temperature=0.7, repetition_penalty=1.2, max_tokens=NUM_TOKENS, ignore_eos=True),
     SamplingParams(seed=6, top_p=0.8, presence_penalty=0.5, max_tokens=NUM_TOKENS - 5, ignore_eos=True),
     greedy(NUM_TOKENS - 3),
-    SamplingParams(seed=7, top_k=30, max_tokens=NUM_TOKENS - 9, ignore_eos=True),
+    SamplingParams(seed=7, top_k=30, min_p=0.05, max_tokens=NUM_TOKENS - 9, ignore_eos=True),
 ]
 
 
@@ -99,6 +104,24 @@ def test_a_model_of_another_shape_that_agrees_on_nothing_changes_no_answer(folde
     assert check(drafting(folders, "far", **changes), wanted) < 0.2
 
 
+def test_whoever_shares_the_blocks_of_a_sequence_that_ended_with_an_accepted_draft_fills_the_gap(folders) -> None:
+    core = drafting(folders, "itself", max_num_seqs=2, max_num_batched_tokens=64, token_buckets=(64,))
+    first = PROMPTS[1]
+    (deltas,) = run(core, [first], greedy(33 - len(first)))  # position 31, the last to be computed, is block 1's last
+    assert len(deltas[-1].token_ids) > 1
+    runner: Any = core._runner
+    plans = []
+    dispatch = runner.dispatch
+    runner.dispatch = lambda plan: plans.append(plan) or dispatch(plan)
+    run(core, [[*first, *tokens(deltas), 7]], greedy(4))
+    assert plans[0].starts == [32]
+    shared = plans[0].new_slots[0].block_ids[:2]
+    for ours, theirs in zip(runner._drafts._caches, runner._caches, strict=True):
+        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(one[np.array(shared)], other[np.array(shared)], atol=1e-5)
+    core.shutdown()
+
+
 def test_a_pool_of_so_many_bytes_is_shared_between_both(folders) -> None:
     size = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 1024 * 1024}
     alone = EngineCore(tiny_config(str(folders["itself"]), **size))
@@ -123,6 +146,9 @@ def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -
     other = save_random_llama(tmp_path / "other", vocab_size=321, num_hidden_layers=1)
     short = save_random_llama(tmp_path / "short", max_position_embeddings=64, num_hidden_layers=1)
     odd = save_random_llama(tmp_path / "odd", intermediate_size=45, num_hidden_layers=1)
+    speculative = {"model": str(short), "max_model_len": 65}
+    with pytest.raises(ConfigError, match=r"takes 64 tokens, max_model_len is 65; set .* or speculative_config's own"):
+        EngineCore(tiny_config(str(folders["itself"]), speculative_config=speculative))
     for folder, message, changes in (
         (other, "has a vocabulary of 321 tokens, the model has 320", {}),
         (short, "takes 64 tokens, max_model_len is 128", {}),
@@ -134,3 +160,19 @@ def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -
     ):
         with pytest.raises(ConfigError, match=message):
             drafting(folders | {"bad": folder}, "bad", **changes)
+
+
+def test_a_draft_model_whose_tokens_have_other_ids_is_refused_and_names_one(tmp_path) -> None:
+    model, draft = (write_config(tmp_path / name) for name in ("model", "draft"))
+    tokenizer = json.loads((draft / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(tokenizer["added_tokens"][0] | {"id": 257, "content": "<more>"})
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    sources = [resolve_source(folder) for folder in (draft, model)]
+    assert first_difference(*sources) is None  # a token at the end that the model lacks
+    vocab = tokenizer["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    (draft / "tokenizer.json").write_text(json.dumps(tokenizer))
+    lowest = min(vocab["A"], vocab["B"])
+    config = tiny_config(str(model), load_format="dummy", speculative_config={"model": str(draft)})
+    with pytest.raises(ConfigError, match=rf"token {lowest} is 'B' to it and 'A' to the model; a draft model must"):
+        EngineCore(config)

@@ -11,7 +11,7 @@ from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.proposer import Proposal
 from jaxserve.speculative.step_times import StepTimes
 
-SIZES = (1, 2, 4, 8, 16, 32, 64)
+SIZES: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Fixed:
@@ -82,6 +82,15 @@ def test_limits_of_the_row_and_of_the_step_hold():
     drafts = drafter.draft([room("a"), room("silent"), room("b")], num_tokens=3, max_drafts=5)
     assert drafts.keys() <= {0, 2}
     assert sum(map(len, drafts.values())) == 5
+
+
+def test_no_draft_lies_beyond_the_length_of_a_draft_model():
+    drafter = SpeculativeDrafter(Fixed(), max_tokens=4, step_sizes=SIZES, is_adaptive=False, max_len=10)
+    lengths = {}
+    for num_tokens in range(5, 12):
+        drafts = drafter.draft([room("a", token_ids=[9] * num_tokens, num_ahead=1)], num_tokens=1, max_drafts=8)
+        lengths[num_tokens] = len(drafts.get(0, ()))
+    assert lengths == {5: 4, 6: 3, 7: 2, 8: 1, 9: 0, 10: 0, 11: 0}
 
 
 def test_tokens_in_flight_are_guessed_and_passed_over():
@@ -213,3 +222,50 @@ def test_the_first_step_of_a_kind_and_a_freak_do_not_decide():
     times.add(4, False, 100.0)
     assert times.plain(4) == 0.01 + 0.3 * 0.01
     assert times.drafted(8, 0.001) == times.plain(4)  # not measured: as a smaller one, so that it is tried
+
+
+class Counted(Fixed):
+    """Counts whom it was asked about."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def propose(self, request_id: str, token_ids: list[int], num_tokens: int) -> Proposal | None:
+        self.asked.append(request_id)
+        return super().propose(request_id, token_ids, num_tokens)
+
+
+def asked_each_step(step_s: dict[int, float], names: list[str], num_steps: int) -> list[list[str]]:
+    """Of a batch in which "good" alone says what is proposed."""
+    proposer = Counted()
+    drafter = SpeculativeDrafter(proposer, max_tokens=4, step_sizes=tuple(step_s), is_adaptive=True)
+    measure(drafter, step_s)
+    sequences: dict[str, list[int]] = {name: [9] for name in names}
+    asked = []
+    for _ in range(num_steps):
+        rooms = [room(name, token_ids=said) for name, said in sequences.items()]
+        drafts = drafter.draft(rooms, num_tokens=len(names), max_drafts=64)
+        size = next(size for size in step_s if size >= len(names) + sum(map(len, drafts.values())))
+        drafter.observe(num_tokens=size, has_drafts=bool(drafts), duration_s=step_s[size])
+        asked.append(proposer.asked)
+        proposer.asked = []
+        for name, said in sequences.items():
+            said.append(len(said) % 4 + 1 if name == "good" else 9)
+    return asked
+
+
+def test_in_a_large_batch_few_are_asked_of_those_whose_guesses_are_not_worth_it_and_all_in_turn():
+    names = ["good", *(f"bad{index}" for index in range(39))]
+    asked = asked_each_step({40: 0.01, 44: 0.0101, 64: 0.02, 128: 0.04}, names, 300)
+    assert asked[0] == names
+    assert all("good" in step for step in asked)
+    lengths = [len(step) for step in asked[100:]]
+    assert set(lengths) == {17, 40}
+    assert lengths.count(40) == len(range(128, 300, 64))
+    for first in range(200, 240):
+        assert {name for step in asked[first : first + 5] for name in step} == set(names)
+
+
+def test_nobody_is_asked_where_a_longer_step_would_not_pay_even_if_all_drafts_held():
+    asked = asked_each_step({size: 0.01 * size**1.5 for size in SIZES}, ["good", "bad"], 20)
+    assert asked == [[]] * 20

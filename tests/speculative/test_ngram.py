@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import tracemalloc
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxserve.speculative.ngram import NgramProposer
+from jaxserve.speculative.ngram import NgramProposer, Runs
 from jaxserve.speculative.proposer import Proposal
 
 
@@ -56,3 +60,38 @@ def test_requests_do_not_see_each_other_and_an_id_starts_anew_after_its_end():
     proposer.release("a")
     proposer.release("never seen")
     assert proposer.propose("a", [9, 9, 1, 2], 3) is None
+
+
+def grown(proposer: NgramProposer, token_ids: list[int], steps: list[int]) -> None:
+    """Check the proposal at each of these lengths."""
+    for length in steps:
+        wanted = scanned(token_ids[:length], min_tokens=2, max_tokens=4, num_tokens=3)
+        assert proposer.propose("a", token_ids[:length], 3) == wanted
+
+
+@pytest.mark.parametrize("vocab_size", [3, 40, 2**31])
+def test_long_sequences_move_from_the_dict_into_arrays_and_are_found_in_both(vocab_size):
+    numbers = random.Random(vocab_size)
+    token_ids = [numbers.randrange(vocab_size) for _ in range(700)]
+    token_ids += [*token_ids[20:60], *token_ids[:200]]
+    proposer = NgramProposer(min_tokens=2, max_tokens=4)
+    grown(proposer, token_ids, [500, *range(501, len(token_ids))])
+    assert proposer._indices["a"]._num_in_tables > 600
+
+
+def test_runs_of_one_hash_are_told_apart():
+    proposer = NgramProposer(min_tokens=2, max_tokens=4)
+    proposer._runs = Runs(2, (1, 10, 100, 1000))  # the upper halves of all hashes are 0
+    token_ids = [3, 4, 5, 6] * 8 + [number % 8 for number in range(200)] + [3, 4, 5, 6] * 8
+    grown(proposer, token_ids, [150, *range(151, len(token_ids), 7)])
+
+
+def test_an_index_of_a_long_prompt_is_small():
+    numbers = random.Random(0)
+    prompt = [numbers.randrange(30000) for _ in range(8000)]
+    proposer = NgramProposer(min_tokens=2, max_tokens=5)
+    tracemalloc.start()
+    proposer.propose("a", prompt, 5)
+    num_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert num_bytes < 50 * len(prompt)
