@@ -72,28 +72,28 @@ CONFIGS = [
     ({"eagle_config": {"use_aux_hidden_state": False}}, "reads the model's last layer alone (use_aux_hidden_state)"),
     (
         {"eagle_aux_hidden_state_layer_ids": ["0", "1", "2"]},
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be a list of 3 integers, got ['0', '1', '2']",
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, got ['0', '1', '2']",
     ),
     (
         {"eagle_aux_hidden_state_layer_ids": 3},
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be a list of 3 integers, got 3",
+        "reads what enters layers [3], which must be three layers in order",
     ),
     (
         {
             "eagle_aux_hidden_state_layer_ids": None,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, None, 2]},
         },
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be a list of 3 integers, got [0, None, 2]",
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, got [0, None, 2]",
     ),
     (
         {"eagle_aux_hidden_state_layer_ids": 0},
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be a list of 3 integers, got 0",
+        "reads what enters layers [0], which must be three layers in order",
     ),
-    ({"eagle_config": [1]}, "config.json: 'eagle_config' must be an object, got [1]"),
+    ({"eagle_config": [1]}, "config.json: 'eagle_config' must be a JSON object, got [1]"),
     ({"draft_vocab_size": "240"}, "config.json: 'draft_vocab_size' must be a positive integer, got '240'"),
     ({"draft_vocab_size": -5}, "config.json: 'draft_vocab_size' must be a positive integer, got -5"),
     ({"target_hidden_size": "64"}, "config.json: 'target_hidden_size' must be a positive integer, got '64'"),
-    ({"architectures": 3}, "config.json: 'architectures' must be a list of names, got 3"),
+    ({"architectures": 3}, "config.json: 'architectures' must be a list of texts, got 3"),
     ({"hidden_act": "gelu"}, "config.json: hidden_act 'gelu' is not supported, only 'silu'"),
 ]
 
