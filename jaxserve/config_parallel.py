@@ -28,7 +28,7 @@ class ParallelSettings(Settings):
         default=300.0, gt=0, description="Seconds the hosts wait for each other, at the start and after a failure."
     )
     heartbeat_timeout_s: float = Field(
-        default=8.0, ge=1, description="Seconds of silence after which a host counts as dead."
+        default=6.0, ge=1, description="Seconds of silence after which a host counts as dead."
     )
     step_timeout_s: float = Field(
         default=120.0, ge=1, description="Seconds a step on several hosts may take; a longer one counts as hung."

@@ -112,7 +112,7 @@ def test_a_port_in_use(checkpoint):
     ("arguments", "words"),
     [
         (["--max-model-len", "100000"], ["max_model_len", "256"]),
-        (["--tensor-parallel-size", "7"], ["tensor_parallel_size", "7"]),
+        (["--tensor-parallel-size", "3"], ["tensor_parallel_size is 3", "sizes that work: 1, 2, 4, 8"]),
         (["--data-parallel-size", "64"], ["data_parallel_size 64", "64 devices"]),
         (["--device", "tpu"], ["tpu"]),
     ],
