@@ -182,6 +182,8 @@ def test_stray_messages_to_the_engine_processes_are_dropped(caplog):
             stranger.send_multipart(frames)
         impostor.send(b"\x93\xa5Value\xa1a\xa1b")
     following = FollowingHosts(msgspec.structs.replace(session, rank=1))
+    for hosts in (leading, following):
+        hosts._socket.setsockopt(zmq.RCVTIMEO, LIMIT_S * 1000)
     with ThreadPoolExecutor(1) as other:
         for _ in range(len(STRAY) + 1):  # each reads from every socket that has something to say
             answer = other.submit(following.gather, "name", "theirs")
