@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
 from typing import Literal
 
 from pydantic import Field
@@ -27,7 +28,7 @@ class ParallelSettings(Settings):
         default=300.0, gt=0, description="Seconds the hosts wait for each other, at the start and after a failure."
     )
     heartbeat_timeout_s: float = Field(
-        default=8.0, ge=1, description="Seconds of silence after which a host counts as dead."
+        default=6.0, ge=1, description="Seconds of silence after which a host counts as dead."
     )
     step_timeout_s: float = Field(
         default=120.0, ge=1, description="Seconds a step on several hosts may take; a longer one counts as hung."
@@ -64,6 +65,14 @@ def join_address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
+def _is_any_address(host: str) -> bool:
+    """Whether it stands for all addresses of whatever host listens at it."""
+    try:
+        return ip_address(host).is_unspecified
+    except ValueError:
+        return host == "*"
+
+
 def check_parallel(parallel: ParallelSettings) -> None:
     """Check what the fields say together; raises `ConfigError`."""
     nnodes, rank, by_ray = parallel.nnodes, parallel.node_rank, parallel.distributed_executor_backend == "ray"
@@ -82,6 +91,11 @@ def check_parallel(parallel: ParallelSettings) -> None:
             f"times data_parallel_size ({parallel.data_parallel_size}) must be a multiple of nnodes"
         )
     if parallel.dist_init_addr is not None:
-        parse_address(parallel.dist_init_addr)
+        host, _ = parse_address(parallel.dist_init_addr)
+        if _is_any_address(host):
+            raise ConfigError(
+                f"dist_init_addr is {parallel.dist_init_addr}, by which no other host can reach rank 0: give the "
+                "address that it has in the network, such as 10.0.0.1:5000"
+            )
     elif not by_ray:
         raise ConfigError(f"nnodes is {nnodes}: give dist_init_addr too, host:port of rank 0, the same on every host")

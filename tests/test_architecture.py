@@ -22,6 +22,7 @@ VOCABULARY = (
     "jaxserve.config_deploy",
     "jaxserve.config_file",
     "jaxserve.config_parallel",
+    "jaxserve.config_paths",
     "jaxserve.config_speculative",
     "jaxserve.config_values",
     "jaxserve.errors",

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from jaxserve.errors import ConfigError
-from jaxserve.parallel.mesh import DATA, TENSOR, AnyMesh, platform_of
+from jaxserve.parallel.mesh import DATA, AnyMesh, partition_spec, platform_of
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.numerics import POOL_HEAD_AXIS, pool_dtype
 from pallas_kernels.pools import pool_shape_of
@@ -21,12 +21,12 @@ LayerCache = tuple[jax.Array, jax.Array]  # one layer's K pool and V pool, in th
 RESERVED_BLOCKS = 1  # block 0 takes the writes of padding rows
 
 
-def pool_partition_spec(block_axis: str | None = DATA) -> PartitionSpec:
+def pool_partition_spec(block_axis: str | None = "blocks") -> PartitionSpec:
     """How a pool is split over the mesh: by block, for each data shard has a pool, and by KV head.
 
     With `block_axis=None`: how one data shard's pool is split.
     """
-    return PartitionSpec(block_axis, *[None] * (POOL_HEAD_AXIS - 1), TENSOR)
+    return partition_spec((block_axis, *[None] * (POOL_HEAD_AXIS - 1), "kv_heads"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -22,6 +24,7 @@ class PrefixCacheRouter(RequestRouter):
         """Take the settings; called by Serve before all else."""
         self._max_load_difference = max_load_difference
         self._index = PrefixIndex()
+        self._num_under_way: Counter[str] = Counter()  # requests sent from here, by replica
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take over which replicas there are; called by Serve."""
@@ -57,7 +60,16 @@ class PrefixCacheRouter(RequestRouter):
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Note where a request went; called by Serve when the replica has taken it."""
-        self._index.insert(replica_id.unique_id, split_hashes(pending_request.kwargs.get("hashes", b"")))
+        name, loop = replica_id.unique_id, asyncio.get_running_loop()
+        self._index.insert(name, split_hashes(pending_request.kwargs.get("hashes", b"")))
+        self._num_under_way[name] += 1
+        result.add_done_callback(lambda _: loop.call_soon_threadsafe(self._note_end, name))
+
+    def _note_end(self, name: str) -> None:
+        self._num_under_way[name] -= 1
+        self._num_under_way += Counter()  # without those that have none
 
     def _load(self, replica: RunningReplica) -> int:
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
+        """Serve's count has the requests of other API servers too, but is forgotten after 10 s without news."""
+        known = self.replica_queue_len_cache.get(replica.replica_id) or 0
+        return max(known, self._num_under_way[replica.replica_id.unique_id])

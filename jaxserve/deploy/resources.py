@@ -36,7 +36,12 @@ class ReplicaResources:
 
 
 def replica_resources(config: Config) -> ReplicaResources:
-    """What the config says, or the devices of its mesh; raises `ConfigError` where neither does."""
+    """What the config says, or the devices of its mesh; raises `ConfigError` where neither does, or no node has it."""
+    if config.parallel.nnodes > 1:
+        raise ConfigError(
+            f"nnodes is {config.parallel.nnodes}, but each engine of a deployment runs on one host: leave out nnodes "
+            "and distributed_executor_backend, or run one engine on several hosts with 'jaxserve serve'"
+        )
     given = config.deploy.replica_resources
     if given is not None:
         wrong = {name: amount for name, amount in given.items() if not amount > 0}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,6 +18,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Proxy
 
 from jaxserve import errors
 from jaxserve.config import Config
+from jaxserve.config_paths import with_absolute_paths
 from jaxserve.deploy.api_server import API_SERVERS, replicas_health
 from jaxserve.deploy.application import APP_NAME, make_application
 from jaxserve.deploy.logs import SERVE_LOGGING
@@ -35,7 +34,6 @@ _PROXY_TIMEOUT_S = 120.0
 _DRAIN_GRACE_S = 10.0  # on top of what the API servers need
 _USER_ERRORS = ("ConfigError", "CheckpointError", "TokenizerError")
 _USER_ERROR = re.compile(rf"jaxserve\.errors\.({'|'.join(_USER_ERRORS)}): (.+)")
-_FILES = ("model", "tokenizer", "chat_template", "compilation_cache_dir")  # settings that may be paths
 
 logger = logging.getLogger(__name__)
 
@@ -158,18 +156,6 @@ class Session:
 
 def _start_serve(host: str, port: int) -> None:
     serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), SERVE_LOGGING)
-
-
-def with_absolute_paths(config: Config) -> Config:
-    """The config with files named from the root: engines run in another working directory."""
-    flat = {**config.model.model_dump(), **config.runtime.model_dump()}
-    found = {name: flat[name] for name in _FILES if flat[name] and Path(flat[name]).exists()}
-    config = config.with_values(**{name: os.path.abspath(path) for name, path in found.items()})
-    drafts = config.speculative.speculative_config
-    if drafts is not None and drafts.model and Path(drafts.model).exists():
-        values = drafts.model_dump() | {"model": os.path.abspath(drafts.model)}
-        config = config.with_values(speculative_config=values)
-    return config
 
 
 def _check_progress(app: ApplicationStatusOverview) -> None:

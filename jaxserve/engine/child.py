@@ -100,12 +100,17 @@ class EngineChild:
         return self._process.returncode == 0
 
     @property
+    def was_killed(self) -> bool:
+        """Whether something outside ended it: it would not have ended so by itself, whatever befell it."""
+        return self._process.returncode == -signal.SIGKILL
+
+    @property
     def exit_text(self) -> str:
         """How the process ended, for people."""
         code = self._process.returncode
         if code is None:
             return "still runs"
-        if code == -signal.SIGKILL:
+        if self.was_killed:
             return "was killed by SIGKILL (by hand, or for lack of memory)"
         if code < 0:
             return f"was killed by signal {-code} ({signal.strsignal(-code)})"

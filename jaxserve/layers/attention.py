@@ -8,7 +8,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from jaxserve.cache.kv_cache import LayerCache, pool_partition_spec
@@ -16,7 +15,7 @@ from jaxserve.layers.linear import Linear
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import Rotation
-from jaxserve.parallel.mesh import TENSOR, AnyMesh
+from jaxserve.parallel.mesh import EVERYWHERE, TENSOR, AnyMesh, partition_spec
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.paged_attention import AttentionGeometry, AttentionMetadata, paged_attention
@@ -107,11 +106,11 @@ class Attention(nnx.Module):
             sliding_window=self.sliding_window,
         )
         if self.backend.mesh.size > 1:  # kernels see one device's heads; nothing crosses devices here
-            heads = PartitionSpec(None, TENSOR)
+            heads = partition_spec((None, "kv_heads"))
             pool = pool_partition_spec(block_axis=None)
             run = jax.shard_map(  # inside that of `on_each_data_shard`
                 run,
-                in_specs=(heads, PartitionSpec(), (pool, pool), PartitionSpec()),
+                in_specs=(heads, EVERYWHERE, (pool, pool), EVERYWHERE),
                 out_specs=(heads, (pool, pool)),
                 axis_names={TENSOR},
                 check_vma=False,

@@ -1,4 +1,4 @@
-"""The device mesh every array lives on, and how a parameter's logical axes map to it."""
+"""The device mesh every array lives on, and how an array's logical axes map to it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,15 @@ from jaxserve.errors import ConfigError
 DATA = "data"  # the mesh axis that requests are split over: each part has slots and a KV pool of its own
 TENSOR = "tensor"  # the mesh axis that heads, feed-forward features and the vocabulary are split over
 
-# Logical axis -> mesh axis. An axis that is not named here is replicated.
-_MESH_AXIS = {"kv_heads": TENSOR, "q_features": TENSOR, "ffn": TENSOR, "shards": TENSOR, "vocab": TENSOR}
+# Logical axis of parameters, KV pools and activations -> mesh axis. An axis that is not named here is replicated.
+_MESH_AXIS = {
+    "blocks": DATA,
+    "kv_heads": TENSOR,
+    "q_features": TENSOR,
+    "ffn": TENSOR,
+    "shards": TENSOR,
+    "vocab": TENSOR,
+}
 
 EVERYWHERE = PartitionSpec()
 PER_DATA_SHARD = PartitionSpec(DATA)

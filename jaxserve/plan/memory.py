@@ -47,7 +47,11 @@ class Memory:
     @property
     def num_full_requests(self) -> int:
         """Requests of max_model_len that run at once, on all data shards."""
-        blocks_each = -(-self.max_model_len // self.block_size)
+        return self.num_requests(self.max_model_len)
+
+    def num_requests(self, context: int) -> int:
+        """Requests with so many tokens that run at once, on all data shards."""
+        blocks_each = -(-context // self.block_size)
         held = (self.num_blocks - RESERVED_BLOCKS) // blocks_each
         return min(held, self.max_num_seqs) * self.num_data_shards
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from jaxserve.errors import ConfigError
 from jaxserve.plan.deployment import Deployment, bytes_of_a_device, elements_of_a_device
 from jaxserve.plan.memory import Memory
 
@@ -41,11 +42,19 @@ def prefill_rate(deployment: Deployment) -> Rate:
 def rates(deployment: Deployment, memory: Memory, *, batch_sizes: Sequence[int], context: int | None) -> list[Rate]:
     """Decode of each batch size (one request, and as many as run at once, where none is given), then prefill.
 
-    `context` is half of max_model_len where none is given.
+    `context` is half of max_model_len where none is given. Raises `ConfigError` for what the engine would not run.
     """
     context = context or max(1, memory.max_model_len // 2)
-    most = min(memory.max_num_seqs * memory.num_data_shards, memory.num_cached_tokens // context)
-    sizes = batch_sizes or sorted({1, max(1, most)})
+    if context > memory.max_model_len:
+        raise ConfigError(f"--context is {context}, but max_model_len is {memory.max_model_len}")
+    most = memory.num_requests(context)
+    if batch_sizes and max(batch_sizes) > most:
+        raise ConfigError(
+            f"--batch-size {max(batch_sizes)} with {context} tokens each cannot run at once: at most {most} can, of "
+            f"{memory.num_cached_tokens} tokens in the KV pools and {memory.max_num_seqs * memory.num_data_shards} "
+            "requests at once (max_num_seqs); lower --batch-size or --context"
+        )
+    sizes = batch_sizes or sorted({1, most})
     decode = [decode_rate(deployment, batch_size=size, context=context) for size in sizes]
     return [*decode, prefill_rate(deployment)]
 

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.layers.attention import AttentionInputs
-from jaxserve.parallel.mesh import TENSOR
+from jaxserve.parallel.mesh import EVERYWHERE, TENSOR, partition_spec
 from jaxserve.runner.batch import HostBatch
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.sampling.inputs import SamplingInputs, Variant
@@ -129,11 +128,10 @@ def _on_logits(
     shards = graph.vocabulary_shards
     run = partial(function, vocab_size=graph.config.vocab_size, shards=shards)
     if shards.count > 1:
-        everywhere = PartitionSpec()
         run = jax.shard_map(
             run,
-            in_specs=(PartitionSpec(None, TENSOR), *(everywhere for _ in whole)),
-            out_specs=everywhere,
+            in_specs=(partition_spec((None, "vocab")), *(EVERYWHERE for _ in whole)),
+            out_specs=EVERYWHERE,
             axis_names={TENSOR},
             check_vma=False,
         )

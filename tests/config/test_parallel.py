@@ -8,6 +8,7 @@ from jaxserve.config import config_from_values
 from jaxserve.config_parallel import parse_address
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.hosts.facts import difference, facts_of
+from jaxserve.engine.hosts.ray_workers import follower_config
 from jaxserve.errors import ConfigError
 from tests.checkpoints import save_random_llama
 
@@ -21,6 +22,9 @@ TWO = {"model": "m", "nnodes": 2, "tensor_parallel_size": 2, "dist_init_addr": "
         ({"dist_init_addr": None}, "give dist_init_addr too"),
         ({"dist_init_addr": "10.0.0.1"}, "must be host:port of rank 0"),
         ({"dist_init_addr": "::1:99999"}, "must be host:port of rank 0"),
+        ({"dist_init_addr": "0.0.0.0:5000"}, "dist_init_addr is 0.0.0.0:5000, by which no other host can reach rank 0"),
+        ({"dist_init_addr": "[::]:5000"}, "by which no other host can reach rank 0"),
+        ({"dist_init_addr": "*:5000"}, "by which no other host can reach rank 0"),
         ({"tensor_parallel_size": 3}, "must be a multiple of nnodes"),
         ({"nnodes": 1}, "dist_init_addr is for several hosts, but nnodes is 1"),
         ({"distributed_executor_backend": "ray", "node_rank": 1}, "you start rank 0 alone"),
@@ -56,6 +60,19 @@ def test_facts_tell_settings_and_weights_apart_but_not_places(tmp_path):
     assert "checkpoint is" in str(difference(facts[0], facts_of(config_from_values(TWO | {"model": str(other)}))))
     older = facts[0] | {"version of jax": "0.1"}
     assert "version of jax is 0.1 here" in str(difference(facts[0], older))
+
+
+def test_followers_that_ray_starts_are_told_absolute_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "draft"):
+        (tmp_path / name).mkdir()
+    drafts = {"method": "draft_model", "model": "draft", "num_speculative_tokens": 2}
+    config = config_from_values(TWO | {"model": "model", "speculative_config": drafts, "api_key": ("secret",)})
+    follower = follower_config(config, 1)
+    assert follower.model.model == str(tmp_path / "model")
+    assert follower.speculative.speculative_config is not None
+    assert follower.speculative.speculative_config.model == str(tmp_path / "draft")
+    assert (follower.parallel.node_rank, follower.server.api_key) == (1, ())
 
 
 def test_one_process_alone_does_not_start_a_part_of_a_group():

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from jaxserve.errors import ConfigError
 from tests.e2e.server import ROOT, command, environment
 
 
@@ -43,6 +44,10 @@ def test_a_port_in_use_is_named(launch_file):
         (("--num-replicas", "0"), "num_replicas must be at least 1, got 0"),
         (("--max-replicas", "2"), "num_replicas (3) and max_replicas (2) must not fall"),
         (("--min-replicas", "2"), "needs max_replicas"),
+        (
+            ("--nnodes", "2", "--tensor-parallel-size", "2", "--dist-init-addr", "10.0.0.1:5000"),
+            "nnodes is 2, but each engine of a deployment runs on one host",
+        ),
         (("--replica-resources", '{"CPU": 0}'), "replica_resources must be greater than 0"),
         (("--device", "auto"), "set device to cpu, cuda or tpu"),
         (("--ray-address", "127.0.0.1:1"), "no Ray cluster answers at ray_address '127.0.0.1:1'"),
@@ -51,6 +56,15 @@ def test_a_port_in_use_is_named(launch_file):
 )
 def test_settings_that_contradict_are_refused_before_anything_is_started(launch_file, flags, said):
     assert said in fails(str(launch_file), *flags)
+
+
+def test_a_serve_config_file_is_refused_for_the_same_reasons(launch_file):
+    pytest.importorskip("ray.serve", exc_type=ImportError)
+    from jaxserve.deploy.application import build
+
+    args = {"config": str(launch_file), "nnodes": 2, "tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+    with pytest.raises(ConfigError, match="nnodes is 2, but each engine of a deployment runs on one host"):
+        build(args)
 
 
 def test_more_replicas_than_the_cluster_has_room_for(launch_file, ray_cluster):

@@ -12,10 +12,57 @@ import yaml
 from jaxserve.config import Config, load_config
 from tests.e2e.server import ROOT
 
+jsonschema = pytest.importorskip("jsonschema")
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 FOLDER = ROOT / "docs" / "deploy"
 VERSIONS = ("1.31", "1.34")
+
+
+def fields(required: str = "", **properties: Any) -> dict[str, Any]:
+    """A JSON schema of an object that has these fields and no others."""
+    return {"type": "object", "properties": properties, "required": required.split(), "additionalProperties": False}
+
+
+TEXT, FLAG, COUNT, OBJECT = ({"type": kind} for kind in ("string", "boolean", "integer", "object"))
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+# What ray.io/v1 has around the pod templates, written from KubeRay's API types of about 1.1; later ones only add to it.
+# No package brings its own schemas, which repeat those of pods in 1 MB.
+RAY_SERVICE = fields(
+    "serveConfigV2 rayClusterConfig",
+    serveConfigV2=TEXT,
+    serveService=OBJECT,
+    rayClusterConfig=fields(
+        "headGroupSpec",
+        rayVersion=TEXT,
+        enableInTreeAutoscaling=FLAG,
+        autoscalerOptions=OBJECT,
+        headServiceAnnotations=TEXTS,
+        suspend=FLAG,
+        headGroupSpec=fields(
+            "rayStartParams template",
+            serviceType=TEXT,
+            headService=OBJECT,
+            enableIngress=FLAG,
+            rayStartParams=TEXTS,
+            template=OBJECT,
+        ),
+        workerGroupSpecs={
+            "type": "array",
+            "items": fields(
+                "groupName minReplicas maxReplicas rayStartParams template",
+                groupName=TEXT,
+                replicas=COUNT,
+                minReplicas=COUNT,
+                maxReplicas=COUNT,
+                numOfHosts=COUNT,
+                rayStartParams=TEXTS,
+                template=OBJECT,
+                scaleStrategy=OBJECT,
+            ),
+        },
+    ),
+)
 
 
 def resources(name: str) -> list[dict[str, Any]]:
@@ -54,6 +101,15 @@ def test_the_schemas_find_a_misspelt_field():
     deployment["spec"]["template"]["spec"]["container"] = []
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(deployment, VERSIONS[0], strict=True)
+
+
+def test_the_ray_service_has_the_fields_of_kuberays_api():
+    service = of_kind("kuberay.yaml", "RayService")
+    assert service.keys() == {"apiVersion", "kind", "metadata", "spec"} and service["apiVersion"] == "ray.io/v1"
+    jsonschema.validate(service["spec"], RAY_SERVICE)
+    service["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"] = {"num-cpus": 0}
+    with pytest.raises(jsonschema.ValidationError, match="0 is not of type 'string'"):
+        jsonschema.validate(service["spec"], RAY_SERVICE)
 
 
 def test_one_engine_is_one_pod_with_the_devices_that_it_asks_for(tmp_path):

@@ -16,13 +16,15 @@ from tests.e2e.server import MODEL, ROOT, SMALL_SHAPES, command, environment
 from tests.e2e.tiny_model import TINY_SHAPES, write_tokenizer
 
 TIMEOUT_S = 60
+SOME_DEVICES = {"JAX_NUM_CPU_DEVICES": "8"}
 
 
 def start(model: str | Path, *arguments: str, shapes: tuple[str, ...] = TINY_SHAPES) -> str:
     """Start a server that must fail; gives its last line of stderr."""
     done = subprocess.run(
         command("serve", str(model), *shapes, "--port", "0", *arguments),
-        cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S,
+        cwd=ROOT, env=environment() | SOME_DEVICES, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        timeout=TIMEOUT_S,
     )  # fmt: skip
     lines = done.stderr.splitlines()
     assert done.returncode == 2, done.stderr
@@ -112,7 +114,7 @@ def test_a_port_in_use(checkpoint):
     ("arguments", "words"),
     [
         (["--max-model-len", "100000"], ["max_model_len", "256"]),
-        (["--tensor-parallel-size", "7"], ["tensor_parallel_size", "7"]),
+        (["--tensor-parallel-size", "3"], ["tensor_parallel_size 3", "num_attention_heads (8)", "work: 1, 2, 4, 8"]),
         (["--data-parallel-size", "64"], ["data_parallel_size 64", "64 devices"]),
         (["--device", "tpu"], ["tpu"]),
     ],

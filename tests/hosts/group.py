@@ -11,7 +11,6 @@ from jaxserve.engine.hosts.sockets import free_port
 from tests.e2e.server import ROOT, ServerProcess, command, environment
 from tests.e2e.tiny_model import TINY_SHAPES
 
-HEARTBEAT_TIMEOUT_S = 4
 QUICK_COMPILES = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
 
 
@@ -49,10 +48,7 @@ class Group:
 
     def __init__(self, folder: Path, model: Path, num_hosts: int, *arguments: str) -> None:
         self._folder = folder
-        self._arguments = (
-            *(str(model), *TINY_SHAPES, *arguments, "--heartbeat-timeout-s", str(HEARTBEAT_TIMEOUT_S)),
-            *("--max-num-engine-restarts", "9", "--compilation-cache-dir", str(folder / "compiled")),
-        )
+        self._arguments = (*(str(model), *TINY_SHAPES, *arguments, "--max-num-engine-restarts", "9"),)
         self._num_hosts = num_hosts
         self._address = f"127.0.0.1:{free_port('127.0.0.1')}"
         self._num_logs = 0

@@ -6,8 +6,9 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -15,6 +16,7 @@ import openai
 import pytest
 from openai import OpenAI
 
+from jaxserve.config_parallel import ParallelSettings
 from jaxserve.engine.core import EngineCore
 from tests.checkpoints import save_random_llama
 from tests.e2e.server import wait_for
@@ -29,6 +31,54 @@ PROMPTS = [[7], [5, 9, 200, 31, 18], list(range(3, 40)), list(range(3, 40)) + [7
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "adaptive": False}  # tokens are the same, more programs run
 ANSWER_WITHIN_S = 10
 RESTART_WITHIN_S = 120
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Death:
+    """A process that a signal ends or stops, and what clients are told."""
+
+    name: str
+    signal: int
+    pid: Callable[[Group], int]
+    words: str
+    ends_the_command: bool = False  # which the test has to start again
+
+
+SILENCE = f"was not heard for {ParallelSettings().heartbeat_timeout_s:g} s"
+DEATHS = (  # each restart waits longer than the one before: those that wait for a command come last
+    Death(
+        name="a follower's engine is killed",
+        signal=signal.SIGKILL,
+        pid=lambda group: group.followers[1].engine().pid,
+        words="the engine process of node rank 1 was killed by SIGKILL",
+    ),
+    Death(
+        name="the leader's engine is killed",
+        signal=signal.SIGKILL,
+        pid=lambda group: group.leader.engine().pid,
+        words="the engine process was killed by SIGKILL",
+    ),
+    Death(
+        name="a follower's engine hangs",
+        signal=signal.SIGSTOP,
+        pid=lambda group: group.followers[1].engine().pid,
+        words=f"the engine process of node rank 1 {SILENCE}",
+    ),
+    Death(
+        name="a follower's command hangs",
+        signal=signal.SIGSTOP,
+        pid=lambda group: group.followers[1].process.pid,
+        words=f"node rank 1 {SILENCE}",
+        ends_the_command=True,
+    ),
+    Death(
+        name="a follower's command is killed",
+        signal=signal.SIGKILL,
+        pid=lambda group: group.followers[1].process.pid,
+        words="the engine process ",  # whichever is missed first, the command or its engine's part in a step
+        ends_the_command=True,
+    ),
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +184,17 @@ def test_seeds_logprobs_and_penalties_work_on_two_hosts(two_hosts):
     assert len(texts) == 1
 
 
-def test_a_followers_engine_that_is_killed_ends_all_streams_and_comes_back(two_hosts, wanted):
-    errors = streams_cut_by(two_hosts, signal.SIGKILL, two_hosts.followers[1].engine().pid)
-    assert all("node rank 1 was killed by SIGKILL" in error for error in errors), errors
+@pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.name)
+def test_a_death_ends_all_streams_in_time_and_the_group_comes_back(two_hosts, wanted, death):
+    """At the default heartbeat timeout. A stopped process still has its connections: only its silence tells."""
+    errors = streams_cut_by(two_hosts, death.signal, death.pid(two_hosts))
+    assert all(death.words in error for error in errors), errors
     assert health(two_hosts) == 503
+    if death.ends_the_command:
+        two_hosts.followers[1].kill()
+        two_hosts.followers[1] = two_hosts.start_follower(1)
     wait_until_ready(two_hosts)
     assert health(two_hosts) == 200
-    assert answers(two_hosts) == wanted
-
-
-def test_a_host_that_hangs_is_noticed_and_another_takes_its_place(two_hosts, wanted):
-    """A stopped command still has its connection: only its silence tells."""
-    errors = streams_cut_by(two_hosts, signal.SIGSTOP, two_hosts.followers[1].process.pid)
-    assert all("node rank 1 was not heard" in error for error in errors), errors
-    assert health(two_hosts) == 503
-    two_hosts.followers[1].kill()
-    two_hosts.followers[1] = two_hosts.start_follower(1)
-    wait_until_ready(two_hosts)
     assert answers(two_hosts) == wanted
 
 

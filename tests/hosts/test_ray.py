@@ -48,7 +48,8 @@ def cluster() -> Iterator[Cluster]:
     """Two nodes with a CPU each. Not in this process: Ray forks, and JAX is in here."""
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.hosts.ray_cluster"],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        cwd=ROOT, env=environment() | QUICK_COMPILES, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
     try:
@@ -64,11 +65,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("ray") / "model")
 
 
-def by_ray(model: Path, num_hosts: int, folder: Path) -> tuple[str, ...]:
+def by_ray(model: Path, num_hosts: int) -> tuple[str, ...]:
     return (
         *(str(model), *TINY_SHAPES, "--load-format", "dummy", "--tensor-parallel-size", str(num_hosts)),
         *("--nnodes", str(num_hosts), "--distributed-executor-backend", "ray", "--dist-timeout-s", "60"),
-        *("--compilation-cache-dir", str(folder)),
     )
 
 
@@ -95,7 +95,7 @@ def is_follower(process: psutil.Process) -> bool:
 
 
 def test_ray_places_a_worker_on_each_host_and_brings_it_back(cluster, tiny, tmp_path):
-    with ServerProcess(tmp_path / "log", *by_ray(tiny, 2, tmp_path / "compiled"), env=cluster.variables) as server:
+    with ServerProcess(tmp_path / "log", *by_ray(tiny, 2), env=cluster.variables) as server:
         answer = completion(server)
         (group,) = cluster.placement_groups()
         assert group["strategy"] == "STRICT_SPREAD"
@@ -112,8 +112,8 @@ def test_ray_places_a_worker_on_each_host_and_brings_it_back(cluster, tiny, tmp_
     assert cluster.placement_groups() == []
 
 
-def test_a_cluster_with_too_few_hosts(cluster, tiny, tmp_path):
-    flags = (*by_ray(tiny, 3, tmp_path), "--dist-timeout-s", "3", "--port", "0")
+def test_a_cluster_with_too_few_hosts(cluster, tiny):
+    flags = (*by_ray(tiny, 3), "--dist-timeout-s", "3", "--port", "0")
     message = failing(flags, cluster.variables)
     assert message.startswith(
         "nnodes is 3, each with 1 CPU, this host among them, but Ray could not reserve them in 3 s"
@@ -121,14 +121,14 @@ def test_a_cluster_with_too_few_hosts(cluster, tiny, tmp_path):
     assert message.endswith("2 of its 2 hosts have that")
 
 
-def test_a_model_that_another_host_does_not_have(cluster, tmp_path):
+def test_a_model_that_another_host_does_not_have(cluster):
     """The follower's error is the leader's."""
-    flags = (*by_ray(Path("nowhere"), 2, tmp_path), "--port", "0")
+    flags = (*by_ray(Path("nowhere"), 2), "--port", "0")
     assert "neither an existing path nor a hub id" in failing(flags, cluster.variables)
 
 
-def test_no_cluster(tiny, tmp_path):
-    flags = (*by_ray(tiny, 2, tmp_path), "--port", "0")
+def test_no_cluster(tiny):
+    flags = (*by_ray(tiny, 2), "--port", "0")
     message = failing(flags, ENVIRONMENT | {"RAY_ADDRESS": "127.0.0.1:1"})
     assert message.startswith("no Ray cluster to run on: nobody answers at 127.0.0.1:1")
 

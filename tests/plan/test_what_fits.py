@@ -17,6 +17,7 @@ from jaxserve.plan import memory as memory_module
 from jaxserve.plan.deployment import Deployment
 from jaxserve.plan.devices import KINDS, Devices
 from jaxserve.plan.memory import plan_or_suggest
+from jaxserve.plan.roofline import rates
 from jaxserve.plan.topologies import topology_mesh
 
 LLAMA_8B = "configs/llama-3.1-8b-h100.yaml"
@@ -69,6 +70,18 @@ def test_what_does_not_fit_is_refused_with_settings_that_do(path: str, devices: 
         if "max_num_batched_tokens" in changes:
             changes["max_num_seqs"] = min(changes["max_num_batched_tokens"], 128)
         fits(path, given, **(values | changes))
+
+
+def test_rates_of_what_the_engine_would_not_run_are_refused():
+    deployment, memory = plan_or_suggest(load_config(LLAMA_8B), Devices.parse("h100"))
+    for batch_sizes, context, message in (
+        ((1,), 32769, "--context is 32769, but max_model_len is 32768"),
+        ((1, 257), 32, "--batch-size 257 with 32 tokens each cannot run at once: at most 256 can"),
+        ((1, 30), None, "--batch-size 30 with 16384 tokens each cannot run at once: at most 26 can"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            rates(deployment, memory, batch_sizes=batch_sizes, context=context)
+    assert [rate.batch_size for rate in rates(deployment, memory, batch_sizes=(), context=None)] == [1, 26, 1]
 
 
 def test_where_nothing_helps_the_refusal_says_so():

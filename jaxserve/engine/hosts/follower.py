@@ -7,7 +7,6 @@ import logging
 import time
 import uuid
 
-import msgspec
 import zmq.asyncio
 
 from jaxserve.config import Config
@@ -46,7 +45,7 @@ class Follower:
 
     async def run(self) -> None:
         """Follow until the leader says goodbye; raises `ConfigError` where it refuses or is not found."""
-        facts = await asyncio.get_running_loop().run_in_executor(None, facts_of, self._config)
+        facts = asyncio.get_running_loop().run_in_executor(None, facts_of, self._config)
         try:
             while True:
                 await self._join(facts)
@@ -57,27 +56,49 @@ class Follower:
         finally:
             await self._leave()
 
-    async def _join(self, facts: dict[str, str]) -> None:
-        """Ask until the leader answers, under a name of its own each time."""
-        parallel = self._config.parallel
+    async def _join(self, facts: asyncio.Future[dict[str, str]]) -> None:
+        """Ask until the leader takes this host, under a name of its own each time; wait for it as long as it lives."""
         if self._socket is not None:
             self._socket.close(linger=0)
         self._socket = connect_follower(self._context, self._address, uuid.uuid4().bytes)
-        self._send(messages.Join(parallel.node_rank, facts))
-        deadline_s = time.monotonic() + parallel.dist_timeout_s
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            match await self._receive(left_s):
+        asking = asyncio.create_task(self._ask(facts), name="follower-ask")
+        try:
+            await self._wait_for_answer(facts)
+        finally:
+            asking.cancel()
+        logger.info("joined the leader at %s as node rank %d", self._address, self._config.parallel.node_rank)
+
+    async def _wait_for_answer(self, facts: asyncio.Future[dict[str, str]]) -> None:
+        timeout_s = self._config.parallel.dist_timeout_s
+        heard_s = time.monotonic()
+        while time.monotonic() - heard_s < timeout_s:
+            match await self._receive(min(timeout_s, messages.BEAT_INTERVAL_S)):
+                case messages.Wait():
+                    heard_s = time.monotonic()
                 case messages.Accepted():
-                    logger.info("joined the leader at %s as node rank %d", self._address, parallel.node_rank)
                     return
                 case messages.Refused(reason):
                     raise ConfigError(f"the leader at {self._address} refuses this host: {reason}")
                 case messages.Goodbye(error):
                     raise _goodbye_error(error)
+            if facts.done():
+                facts.result()
+            else:
+                heard_s = time.monotonic()  # meanwhile a leader that is not there yet is no error
         raise ConfigError(
-            f"no leader answers at dist_init_addr {self._address} after {parallel.dist_timeout_s:g} s: start node rank "
-            "0 there, or correct the address"
+            f"no leader answers at dist_init_addr {self._address} after {timeout_s:g} s: start node rank 0 there, or "
+            "correct the address"
         )
+
+    async def _ask(self, facts: asyncio.Future[dict[str, str]]) -> None:
+        """Join again and again: the leader may be another one by now, which has not heard of this host."""
+        rank = self._config.parallel.node_rank
+        while not facts.done():
+            self._send(messages.Join(rank, None))
+            await asyncio.wait({facts}, timeout=messages.JOIN_INTERVAL_S)
+        while facts.exception() is None:
+            self._send(messages.Join(rank, facts.result()))
+            await asyncio.sleep(messages.JOIN_INTERVAL_S)
 
     async def _follow(self) -> bool:
         """Do what the leader says; True when it said goodbye, False when it fell silent."""
@@ -174,7 +195,7 @@ class Follower:
         data = await self._socket.recv()
         try:
             return messages.decode_to_follower(data)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             raise ConfigError(
                 f"what answers at dist_init_addr {self._address} is no leader of this version of jaxserve: {error}"
             ) from None

@@ -115,7 +115,7 @@ class GroupChild:
             self._is_ready = True
         if message is not None:
             return message
-        if self._failure is None:
+        if self._failure is None and not child.was_killed:
             await asyncio.wait({self._group.failure}, timeout=LAST_NEWS_S)
             self._failure = self._group.failure.result() if self._group.failure.done() else None
         if self._failure is not None and self._failure.error is not None and not self._is_ready:

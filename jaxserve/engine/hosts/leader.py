@@ -61,18 +61,26 @@ class HostGroup:
         self._context = zmq.asyncio.Context()
         self._members: dict[int, _Member] = {}  # by rank
         self._refusals: dict[int, str] = {}  # rank -> why the last one was refused
-        self._facts: dict[str, str] = {}
+        self._facts: dict[str, str] | None = None  # None until the checkpoint's files were read
+        self._held: dict[bytes, messages.Join] = {}  # who asked before that
+        self._refused: set[bytes] = set()
+        self._coming_s = 0.0  # time.monotonic() when a follower was heard last that still reads its files
         self._session_ids = itertools.count(1)
         self._session_id: int | None = None
         self._changed = asyncio.Event()  # somebody joined or left
         self._socket: zmq.asyncio.Socket | None = None
         self._task: asyncio.Task[None] | None = None
+        self._breakdown: JaxserveError | None = None  # why nobody listens any more
 
     async def open(self) -> None:
         """Listen for followers; raises `ConfigError` where that cannot be, and what the checkpoint's files raise."""
         self._socket = bind_leader(self._context, self.address)
-        self._facts = await asyncio.get_running_loop().run_in_executor(None, facts_of, self._config)
         self._task = asyncio.create_task(self._serve(self._socket), name="host-group")
+        self._task.add_done_callback(self._note_end)
+        self._facts = await asyncio.get_running_loop().run_in_executor(None, facts_of, self._config)
+        for identity, join in self._held.items():
+            self._join(identity, join)
+        self._held.clear()
 
     @property
     def missing(self) -> list[int]:
@@ -80,10 +88,15 @@ class HostGroup:
         return [rank for rank in range(1, self._num_hosts) if rank not in self._members]
 
     async def gather(self) -> None:
-        """Wait until every rank is there, and was heard just now; `ConfigError` when they are not in time."""
+        """Wait until every rank is there, and was heard just now; `ConfigError` when they are not in time.
+
+        The time of a follower that reads its model's files does not count.
+        """
         begin_s = time.monotonic()
         while self.missing or any(member.heard_s < begin_s for member in self._members.values()):
-            if time.monotonic() - begin_s > self._timeout_s:
+            if self._breakdown is not None:
+                raise self._breakdown
+            if time.monotonic() - max(begin_s, self._coming_s) > self._timeout_s:
                 raise ConfigError(self._what_is_missing())
             self._changed.clear()
             with contextlib.suppress(TimeoutError):
@@ -115,7 +128,10 @@ class HostGroup:
     async def close(self, error: JaxserveError | None = None) -> None:
         """Send the followers home, with what kept the group from starting if that is why. May be called twice."""
         if self._task is not None:
-            self._tell_all(messages.Goodbye(None if error is None else WireError.of(error)))
+            goodbye = messages.Goodbye(None if error is None else WireError.of(error))
+            self._tell_all(goodbye)
+            for identity in self._held:
+                self._send(identity, goodbye)
             self._task.cancel()
             await asyncio.wait({self._task})
             self._task = None
@@ -132,8 +148,7 @@ class HostGroup:
         while True:
             await socket.poll(int(messages.BEAT_INTERVAL_S * 500))
             while await socket.poll(0):
-                identity, data = await socket.recv_multipart()
-                self._hear(identity, data)
+                self._hear(*await socket.recv_multipart())
             now_s = time.monotonic()
             if now_s - beat_s >= messages.BEAT_INTERVAL_S:
                 beat_s = now_s
@@ -142,10 +157,20 @@ class HostGroup:
                 if now_s - member.heard_s > self._silence_s:
                     self._lose(rank, f"node rank {rank} was not heard for {self._silence_s:g} s")
 
-    def _hear(self, identity: bytes, data: bytes) -> None:
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        cause = f"node rank 0 listens to no host any more: {type(error).__name__}: {error}"
+        logger.error("%s", cause, exc_info=error)
+        self._breakdown = JaxserveError(cause)
+        self._fail(Failure(cause))
+        self._changed.set()
+
+    def _hear(self, identity: bytes, *frames: bytes) -> None:
         try:
+            (data,) = frames
             message = messages.decode_to_leader(data)
-        except msgspec.MsgspecError as error:
+        except ValueError as error:
             logger.warning("a message that is none of a follower's came to %s: %s", self.address, error)
             return
         if isinstance(message, messages.Join):
@@ -162,6 +187,13 @@ class HostGroup:
                 self._lose(rank, f"node rank {rank} was told to end")
 
     def _join(self, identity: bytes, join: messages.Join) -> None:
+        if self._facts is None:
+            self._held[identity] = join
+        if join.facts is None:
+            self._coming_s = time.monotonic()
+        if self._facts is None or join.facts is None:
+            self._send(identity, messages.Wait())
+            return
         member = self._members.get(join.rank)
         different = difference(self._facts, join.facts)
         if different is not None:
@@ -170,20 +202,26 @@ class HostGroup:
             self._refuse(identity, join.rank, reason)
         elif not 0 < join.rank < self._num_hosts:
             self._refuse(identity, join.rank, f"the leader has ranks 1 to {self._num_hosts - 1} to give")
-        elif member is not None:
+        elif member is not None and member.identity != identity:
             member.rival = identity
+            self._send(identity, messages.Wait())
         else:
             self._accept(identity, join.rank)
 
     def _accept(self, identity: bytes, rank: int) -> None:
+        self._send(identity, messages.Accepted())
+        if rank in self._members:
+            self._note_life(rank)
+            return
         self._members[rank] = _Member(identity, time.monotonic())
         self._refusals.pop(rank, None)
-        self._send(identity, messages.Accepted())
         self._changed.set()
         logger.info("node rank %d joined: %d of %d hosts are there", rank, len(self._members) + 1, self._num_hosts)
 
     def _refuse(self, identity: bytes, rank: int, reason: str) -> None:
-        logger.warning("a host that asked to be node rank %d was refused: %s", rank, reason)
+        if identity not in self._refused:
+            self._refused.add(identity)
+            logger.warning("a host that asked to be node rank %d was refused: %s", rank, reason)
         self._send(identity, messages.Refused(reason))
 
     def _note_life(self, rank: int) -> None:

@@ -3,7 +3,7 @@
 These cross the network between processes that stay while engine processes come and go:
 
     follower -> leader   Join, Alive, WorkerFailed, Leave
-    leader -> follower   Accepted or Refused, Alive, StartWorker, StopWorker, Goodbye
+    leader -> follower   Wait, then Accepted or Refused; Alive, StartWorker, StopWorker, Goodbye
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jaxserve.engine.hosts.session import HostSession
 from jaxserve.engine.wire import WireError
 
 BEAT_INTERVAL_S = 0.5
+JOIN_INTERVAL_S = 2.0  # after which a follower asks again
 
 
 class _Message(msgspec.Struct, tag=True):
@@ -30,10 +31,10 @@ class Alive(_Message):
 
 
 class Join(_Message):
-    """A follower asks to be taken as `rank`; `facts` must be those of the leader."""
+    """A follower asks to be taken as `rank`, again and again until it is; `facts` must be those of the leader."""
 
     rank: int
-    facts: dict[str, str]
+    facts: dict[str, str] | None  # None while it reads, or fetches, its model's files
 
 
 class WorkerFailed(_Message):
@@ -51,6 +52,10 @@ class Leave(_Message):
 ToLeader: TypeAlias = Join | Alive | WorkerFailed | Leave
 
 # To a follower
+
+
+class Wait(_Message):
+    """The leader lives, and will answer."""
 
 
 class Accepted(_Message):
@@ -79,7 +84,7 @@ class Goodbye(_Message):
     error: WireError | None = None
 
 
-ToFollower: TypeAlias = Accepted | Refused | Alive | StartWorker | StopWorker | Goodbye
+ToFollower: TypeAlias = Wait | Accepted | Refused | Alive | StartWorker | StopWorker | Goodbye
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_leader = msgspec.msgpack.Decoder(ToLeader).decode

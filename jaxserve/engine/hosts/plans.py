@@ -11,6 +11,7 @@ from the plans alone, so a plan is all that a step sends.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Protocol, TypeAlias
 
@@ -23,6 +24,8 @@ from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.parallel.multihost import join_hosts
 from jaxserve.runner.model_runner import PendingStep, Runner
 from jaxserve.scheduler.plan import StepPlan
+
+logger = logging.getLogger(__name__)
 
 
 class _Message(msgspec.Struct, tag=True, array_like=True):
@@ -112,8 +115,7 @@ class LeadingHosts:
     def gather(self, name: str, value: str) -> list[str]:
         """See `Hosts.gather`."""
         while not all(self._early.values()):
-            sender, data = self._socket.recv_multipart()
-            self._early[sender].append(_decode_value(data))
+            self._take(*self._socket.recv_multipart())
         theirs = [self._early[follower].pop(0) for follower in self._followers]
         for rank, their in enumerate(theirs, start=1):
             _check_turn(name, their.name, rank)
@@ -132,6 +134,14 @@ class LeadingHosts:
         left = set(self._followers)
         while left and self._socket.poll(max(0, int((deadline_s - time.monotonic()) * 1000))):
             left.discard(self._socket.recv_multipart()[0])
+
+    def _take(self, sender: bytes, *frames: bytes) -> None:
+        """Keep a follower's value; whatever else comes to an open port is dropped."""
+        try:
+            (data,) = frames
+            self._early[sender].append(_decode_value(data))
+        except (ValueError, KeyError) as error:
+            logger.warning("a message that is none of a follower's came to %s: %r", self.session.plans, error)
 
     def _send(self, message: ToFollower) -> None:
         data = _encode(message)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from jaxserve.config import Config
 from jaxserve.config_parallel import join_address
+from jaxserve.config_paths import with_absolute_paths
 from jaxserve.engine.hosts.sockets import free_port
 from jaxserve.errors import ConfigError, JaxserveError
 
@@ -126,13 +127,7 @@ class RayWorkers:
         accelerators = {name: count for name, count in bundle.items() if name not in ("CPU", "GPU")}
         actor = self._ray.remote(RayFollower)
         for rank in range(1, self.config.parallel.nnodes):
-            # The other hosts' configs say which rank they are, and that nobody has to place anything any more.
-            config = self.config.with_values(
-                model=_absolute(self.config.model.model),
-                node_rank=rank,
-                distributed_executor_backend="mp",
-                api_key=(),
-            )
+            config = follower_config(self.config, rank)
             worker = actor.options(
                 num_cpus=bundle["CPU"],
                 num_gpus=bundle.get("GPU", 0),
@@ -166,6 +161,11 @@ class RayWorkers:
             self._ray.shutdown()
 
 
+def follower_config(config: Config, rank: int) -> Config:
+    """Rank 0's config as another rank's: which one it is, and that nobody has to place anything any more."""
+    return with_absolute_paths(config).with_values(node_rank=rank, distributed_executor_backend="mp", api_key=())
+
+
 def _import_ray() -> Any:
     try:
         ray = importlib.import_module("ray")  # an extra: the type checker need not have it
@@ -185,11 +185,6 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise ConnectionError(f"nobody answers at {address} ({error.strerror or error})") from error
-
-
-def _absolute(model: str) -> str:
-    """A path as it is from any working folder; what is no path here stays."""
-    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def _text_of(bundle: dict[str, float]) -> str:
