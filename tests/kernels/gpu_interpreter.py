@@ -1,4 +1,4 @@
-"""Makes the Mosaic GPU interpreter of JAX 0.10 compile a kernel once, as later versions do, not once a thread block."""
+"""What makes kernels quick in the Mosaic GPU interpreter."""
 
 import importlib
 import threading
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import jax
 import pytest
+
+from pallas_kernels.paged_attention.mosaic_gpu import merge
 
 
 @pytest.fixture
@@ -28,3 +30,9 @@ def compiled_once(monkeypatch) -> Iterator[None]:
     threads = importlib.import_module("jax._src.pallas.mosaic.interpret.thread_map")
     monkeypatch.setattr(threads, "_run_jaxpr", run)
     yield
+
+
+@pytest.fixture
+def few_reads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merges read as many partials at once, unrolled, as head_dim leaves room for: 128 of 8. Two of 8 do as well."""
+    monkeypatch.setattr(merge, "_READ_AT_ONCE", 2 * 8 * 8)

@@ -11,6 +11,9 @@ from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, rows_per_token
 from pallas_kernels.paged_attention.mosaic_gpu.merge import Partials, merge_partials
 
+pytest_plugins = ("tests.kernels.gpu_interpreter",)
+pytestmark = pytest.mark.usefixtures("compiled_quickly", "compiled_once", "few_reads_at_once")
+
 KV_HEADS, HEAD_DIM, NUM_PARTIALS, NUM_TOKENS = 2, 8, 7, 12
 
 
