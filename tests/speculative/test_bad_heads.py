@@ -72,7 +72,8 @@ CONFIGS = [
     ({"eagle_config": {"use_aux_hidden_state": False}}, "reads the model's last layer alone (use_aux_hidden_state)"),
     (
         {"eagle_aux_hidden_state_layer_ids": ["0", "1", "2"]},
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, got ['0', '1', '2']",
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, "
+        "got ['0', '1', '2']",
     ),
     (
         {"eagle_aux_hidden_state_layer_ids": 3},
@@ -83,7 +84,8 @@ CONFIGS = [
             "eagle_aux_hidden_state_layer_ids": None,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, None, 2]},
         },
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, got [0, None, 2]",
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, "
+        "got [0, None, 2]",
     ),
     (
         {"eagle_aux_hidden_state_layer_ids": 0},
