@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: dict[str, Any], in_features: int, *, bias: bool = False) -> None:
         super().__init__()
         self.heads, self.kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-        self.size = config["hidden_size"] // self.heads
+        self.size = config.get("head_dim", config["hidden_size"] // self.heads)
         self.theta = config["rope_theta"]
         self.q_proj = nn.Linear(in_features, self.heads * self.size, bias=bias)
         self.k_proj = nn.Linear(in_features, self.kv_heads * self.size, bias=bias)
