@@ -20,6 +20,7 @@ TINY = {
     "num_hidden_layers": 3,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
+    "head_dim": 16,  # what the processor's own kernels take, and compile in a sixth of the time
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
     "initializer_range": 0.25,  # wide, so that the tokens' order does not hang on rounding

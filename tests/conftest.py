@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from tests import type_checker
 
 jax.config.update("jax_num_cpu_devices", 8)  # so that meshes are real
+# What a test compiles runs for milliseconds: LLVM need not work on it. HLO is optimised all the same; so are the
+# servers of tests, as users' are, and what uses the fixture `compiled_as_served`.
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Before anything is imported of them: from here on every call of theirs is held to the shapes in its signature.
 CHECKED = (
@@ -42,6 +46,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return shared[0] if shared else file
 
     return Scheduler(config, log)
+
+
+@pytest.fixture(scope="module")
+def compiled_as_served() -> Iterator[None]:
+    """For tests that look at single bits, which hang on how LLVM arranges sums."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ def test_it_compares_each_kind_at_each_batch_size(tmp_path):
             "hf_overrides": {"max_position_embeddings": 640},
             "max_num_seqs": 2,
             "max_num_batched_tokens": 64,
-            "token_buckets": (8, 64),
+            "token_buckets": (64,),
             "num_gpu_blocks_override": 101,
             "speculative_config": {"method": "ngram", "num_speculative_tokens": 3},
         }

@@ -198,10 +198,10 @@ def test_a_device_with_memory_of_its_own_gets_a_pool_of_what_is_left(
 
     monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
-    config = tiny_config(str(checkpoint), num_gpu_blocks_override=None, max_num_seqs=64, gpu_memory_utilization=0.5)
+    config = tiny_config(str(checkpoint), num_gpu_blocks_override=None, token_buckets=(64,), gpu_memory_utilization=0.5)
     sized = EngineCore(config)
     assert "profile" in sized.info.startup_s
-    assert 2 < sized.info.num_blocks <= 9 * 2**20 // (3 * 16 * 2 * 2 * 8 * 4)
+    assert 2 < sized.info.num_blocks <= 9 * 2**20 // (3 * 16 * 2 * 2 * 16 * 4)
     given, wanted = (run(c, [PROMPT[:30]], greedy(5), cache_salt="sized")[0] for c in (sized, core))
     assert tokens(given) == tokens(wanted)
     sized.shutdown()

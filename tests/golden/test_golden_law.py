@@ -65,6 +65,7 @@ WAYS = {
     "speculative, prefix-cached": Way(config=SPECULATIVE, told=True, repeat=True, must_hit_cache=True),
     "speculative, preempted": Way(config=SPECULATIVE | {"num_gpu_blocks_override": 9}, told=True, must_preempt=True),
     "speculative, two devices": Way(config=SPECULATIVE | {"tensor_parallel_size": 2}, told=True),
+    "attention in XLA": Way(config={"attention_backend": "xla"}),
     "large blocks": Way(config={"block_size": 64, "num_gpu_blocks_override": 17}),
 }
 

@@ -88,7 +88,7 @@ def test_a_toy_sweep_writes_a_file_that_the_kernels_can_read(op, tmp_path, capsy
     assert entry["skipped"] == {} and all(us > 0 for us in entry["us"].values())
 
 
-@pytest.mark.usefixtures("compiled_once", "compiled_quickly", "few_reads_at_once")
+@pytest.mark.usefixtures("compiled_once", "few_reads_at_once")
 @pytest.mark.parametrize("op", ["paged_decode", "paged_prefill"])
 def test_tiles_of_the_gpus_attention_are_measured_with_its_own_plans(op, monkeypatch):
     monkeypatch.setattr(attention, "decode_sizes", partial(decode_sizes, num_sms=2))  # thread blocks to interpret

@@ -31,7 +31,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
-pytestmark = pytest.mark.usefixtures("compiled_quickly", "few_reads_at_once")
+pytestmark = pytest.mark.usefixtures("few_reads_at_once")
 
 _ONES = ((0, 1), (14, 1), (15, 1), (63, 1), (64, 1))  # one token; one short of a block; a block; a tile; a tile and one
 _LONG = ((0, 1), (300, 1), (130, 1))  # with few multiprocessors the second is split

@@ -17,8 +17,6 @@ from pallas_kernels.kv_write.mosaic_gpu_rotation import rotate_and_write_mosaic_
 from pallas_kernels.kv_write.reference import kv_write_reference, rotate_and_write_reference
 from pallas_kernels.numerics import tolerance
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 OUTSIDE = Case(name="outside", slots=(20, -1, 96, 41, -96, 2**31 - 1), dtype="bfloat16")
 MANY = Case(name="several_tiles", slots=tuple(range(95, 15, -2)), kv_heads=8, dtype="bfloat16")
 

@@ -23,7 +23,6 @@ from pallas_kernels.paged_attention.mosaic_gpu.tiles import HEAD_DIMS, PREFILL_C
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 UNWRITTEN = 7.0
 case = partial(Case, dtype="bfloat16", num_tokens=64, num_rows=2, kv_heads=1, q_heads=4, has_prefill=True)
 CASES = (

@@ -10,6 +10,8 @@ from pallas_kernels.matmul.cases import CASES
 from pallas_kernels.matmul.native_cpu import MAX_TOKENS
 from pallas_kernels.matmul.reference import matmul_reference
 
+pytestmark = pytest.mark.usefixtures("compiled_as_served")
+
 IMPLEMENTATIONS = ("xla", "xla_cpu", "native_cpu")
 
 

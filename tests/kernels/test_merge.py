@@ -12,7 +12,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, ro
 from pallas_kernels.paged_attention.mosaic_gpu.merge import Partials, merge_partials
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
-pytestmark = pytest.mark.usefixtures("compiled_quickly", "compiled_once", "few_reads_at_once")
+pytestmark = pytest.mark.usefixtures("compiled_once", "few_reads_at_once")
 
 KV_HEADS, HEAD_DIM, NUM_PARTIALS, NUM_TOKENS = 2, 8, 7, 12
 

@@ -17,6 +17,8 @@ from pallas_kernels.paged_attention import (
 from pallas_kernels.paged_attention.cases import CASES, Case, Inputs, make_inputs
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
+pytestmark = pytest.mark.usefixtures("compiled_as_served")
+
 IMPLEMENTATIONS = ("xla", "native_cpu")
 SERVED = [
     pytest.param(case, implementation, id=f"{case.name}-{implementation}")

@@ -14,8 +14,6 @@ from pallas_kernels.paged_attention.cases import Case, make_inputs
 from pallas_kernels.paged_attention.mosaic_tpu import check_supported, padded_head_dim, paged_attention, tiles
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # One token; one short of a block, a full block, one more; a full chunk of keys and one more; several tiles of keys.
 DECODES = ((0, 1), (14, 1), (15, 1), (16, 1), (127, 1), (128, 1), (300, 1))
 # The same beside query tiles: from nothing, continued, of two tokens, over several tiles of queries and of keys.

@@ -13,8 +13,6 @@ from pallas_kernels.kv_write.cases import CASES, Case
 from pallas_kernels.kv_write.reference import kv_write_reference
 from pallas_kernels.paged_attention.mosaic_tpu import padded_head_dim, pool_shape
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 BY_NAME = {case.name: case for case in CASES}
 OUTSIDE = Case(name="outside", slots=(20, -1, 96, 41, -96, 2**31 - 1), dtype="bfloat16")
 # Runs of a whole tile, of a part, and of one token; more of them than fetches are under way at once.

@@ -86,7 +86,7 @@ def test_each_device_holds_its_part_of_the_weights_and_of_the_pool(checkpoint):
     norms = (2 * NUM_LAYERS + 1) * 64 * 4  # every device has them
     split = weights[1] - norms
     assert [weights[n] - norms for n in (2, 4)] == [split // 2, split // 4]
-    copies = NUM_LAYERS * 2 * 4 * 8 * 64 * 4  # eight devices hold four KV heads' projections twice
+    copies = NUM_LAYERS * 2 * 4 * 16 * 64 * 4  # eight devices hold four KV heads' projections twice
     assert weights[8] - norms == (split + copies) // 8
     assert [pools[n] for n in (2, 4, 8)] == [pools[1] // 2, pools[1] // 4, pools[1] // 4]  # a head at least
 

@@ -10,6 +10,8 @@ from jaxserve.sampling.inputs import VARIANTS
 from jaxserve.sampling_params import SamplingParams
 from tests.sampling.sample_batch import draws, random_logits, run
 
+pytestmark = pytest.mark.usefixtures("compiled_as_served")
+
 MIXES = [
     SamplingParams(),
     SamplingParams(temperature=0.5),

@@ -138,7 +138,7 @@ def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, 
     monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
     core = drafting(folders, "itself", num_gpu_blocks_override=None, max_num_seqs=64)
-    assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 8 * 4)
+    assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 16 * 4)
     assert check(core, wanted) > 0.99
 
 

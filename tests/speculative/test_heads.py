@@ -178,6 +178,6 @@ def test_on_a_device_with_memory_of_its_own_both_get_their_part(eagle3: Setting,
     monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
     core = eagle3.core(**ONE_BUCKET, num_gpu_blocks_override=None)
-    block_bytes = 2 * 16 * 4 * (3 * 2 * 8 + 1 * 2 * 16)  # K and V, positions, bytes; the model's heads, the head's
+    block_bytes = 2 * 16 * 4 * (3 * 2 * 16 + 1 * 2 * 16)  # K and V, positions, bytes; the model's heads, the head's
     assert 0.8 * pool_bytes < core.info.num_blocks * block_bytes <= pool_bytes
     assert check(eagle3, core) > 0.3
