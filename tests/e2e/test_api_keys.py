@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.e2e.server import ServerProcess
-from tests.e2e.tiny_model import TINY_SHAPES, write_config
+from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
 
 KEYS = ("first-key", "second key with spaces")
 OPEN = [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")]
@@ -29,7 +29,7 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     flags = ["--load-format", "dummy", "--served-model-name", "tiny", "--enable-log-requests", "--log-level", "debug"]
     for key in KEYS:
         flags += ["--api-key", key]
-    with ServerProcess(folder / "log", str(model), *TINY_SHAPES, *flags) as running:
+    with ServerProcess(folder / "log", str(model), *TINY_SHAPES, *flags, env=QUICK_COMPILES) as running:
         yield running
 
 

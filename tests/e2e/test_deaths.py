@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.server import ServerProcess, wait_for
-from tests.e2e.tiny_model import TINY_SHAPES, write_config
+from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
 
 LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "n": 128}  # many rounds of two
 
@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def serving(model: Path, log: Path, *flags: str) -> Iterator[ServerProcess]:
-    with ServerProcess(log, str(model), *TINY_SHAPES, "--load-format", "dummy", *flags) as running:
+    with ServerProcess(log, str(model), *TINY_SHAPES, "--load-format", "dummy", *flags, env=QUICK_COMPILES) as running:
         yield running
 
 

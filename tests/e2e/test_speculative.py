@@ -12,7 +12,7 @@ from openai import OpenAI
 
 from tests.checkpoints import save_random_llama, transformers_greedy
 from tests.e2e.server import MODEL, NAME, SMALL_SHAPES, ServerProcess
-from tests.e2e.tiny_model import TINY_SHAPES, write_tokenizer
+from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_tokenizer
 from tests.speculative.heads import save_eagle3, train_eagle3
 
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 6, "adaptive": false}'
@@ -60,7 +60,8 @@ def test_a_server_with_an_eagle3_head_streams_the_model_s_own_tokens(tmp_path: P
     (wanted,) = transformers_greedy(model, [prompt], num_tokens)
     head = save_eagle3(train_eagle3(model, [prompt + wanted]), tmp_path / "head")
     config = json.dumps({"method": "eagle3", "model": str(head), "num_speculative_tokens": 3})
-    with ServerProcess(tmp_path / "log", str(model), *TINY_SHAPES, "--speculative-config", config) as running:
+    arguments = (str(model), *TINY_SHAPES, "--speculative-config", config)
+    with ServerProcess(tmp_path / "log", *arguments, env=QUICK_COMPILES) as running:
         with OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
             chunks = client.completions.create(
                 model=str(model),

@@ -9,9 +9,7 @@ import psutil
 
 from jaxserve.engine.hosts.sockets import free_port
 from tests.e2e.server import ROOT, ServerProcess, command, environment
-from tests.e2e.tiny_model import TINY_SHAPES
-
-QUICK_COMPILES = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES
 
 
 def flags(address: str, num_hosts: int, rank: int) -> tuple[str, ...]:
