@@ -10,7 +10,7 @@ from jaxserve.layers.attention import AttentionBackend
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.scheduler.plan import StepPlan
-from pallas_kernels.paged_attention import AttentionMetadata, build_metadata
+from pallas_kernels.paged_attention import AttentionMetadata, build_without_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class HostBatch:
     token_slots: np.ndarray  # i32[tokens], 0 past the end
     positions: np.ndarray  # i32[tokens]
     kv_slots: np.ndarray  # i32[tokens], in block 0 past the end
-    metadata: AttentionMetadata  # NumPy leaves
+    metadata: AttentionMetadata  # NumPy leaves; without block tables, which the device has
     row_slots: np.ndarray  # i32[num_rows], the row's slot
     starts: np.ndarray  # i32[num_rows]
     num_tokens: np.ndarray  # i32[num_rows]
@@ -106,6 +106,8 @@ class BatchBuilder:
         ends = np.cumsum(num_tokens, dtype=np.int32)
         token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
         blocks = block_tables[token_slots, positions // self._block_size]
+        kv_lens = starts + num_tokens
+        num_columns = -(-int(kv_lens.max(initial=0)) // self._block_size)
         return HostBatch(
             bucket=bucket,
             num_rows=len(order),
@@ -113,14 +115,15 @@ class BatchBuilder:
             token_slots=token_slots,
             positions=positions,
             kv_slots=blocks * self._block_size + positions % self._block_size,
-            metadata=build_metadata(
+            metadata=build_without_tables(
                 num_tokens,
-                starts + num_tokens,
-                block_tables[row_slots],
+                kv_lens,
+                block_tables[:, :num_columns][row_slots],
                 geometry=self._backend.geometry,
                 implementation=self._backend.implementation,
                 num_tokens=bucket.num_tokens,
                 num_rows=bucket.num_rows,
+                blocks_per_seq=block_tables.shape[1],
             ),
             row_slots=row_slots,
             starts=starts,
@@ -163,9 +166,9 @@ def _samples(plan: StepPlan, order: np.ndarray, ends: np.ndarray, num_rows: int,
     row_ends = np.array(plan.starts, np.int32) + np.array(plan.num_tokens, np.int32)
     return Samples(
         rows=rows,
-        tokens=_padded(ends[owners] - from_end, num_rows),
-        slots=_padded(np.array(plan.slots, np.int32)[rows] - first_slot, num_rows),
-        positions=_padded(row_ends[rows] - from_end + 1, num_rows),
+        tokens=padded(ends[owners] - from_end, num_rows),
+        slots=padded(np.array(plan.slots, np.int32)[rows] - first_slot, num_rows),
+        positions=padded(row_ends[rows] - from_end + 1, num_rows),
     )
 
 
@@ -181,7 +184,8 @@ def draft_places(plan: StepPlan) -> np.ndarray:
     ).T
 
 
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
+def padded(values: np.ndarray | list[int], size: int) -> np.ndarray:
+    """i32[size]: `values`, then zeros."""
     padded = np.zeros(size, np.int32)
     padded[: len(values)] = values
     return padded
@@ -198,14 +202,15 @@ def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: in
         token_slots=tokens,
         positions=tokens,
         kv_slots=tokens,
-        metadata=build_metadata(
+        metadata=build_without_tables(
             nothing,
             nothing,
-            np.zeros((0, blocks_per_seq), np.int32),
+            np.zeros((0, 0), np.int32),
             geometry=backend.geometry,
             implementation=backend.implementation,
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,
+            blocks_per_seq=blocks_per_seq,
         ),
         row_slots=nothing,
         starts=nothing,
