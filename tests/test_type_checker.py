@@ -8,7 +8,7 @@ import pytest
 from jaxtyping import Array, Float, TypeCheckError, jaxtyped
 
 from jaxserve.layers.rope import RopeConfig, rotation
-from jaxserve.runner.step import write_slot
+from jaxserve.runner.step import write_entries
 from jaxserve.sampling.sampler import prompt_logprobs
 from pallas_kernels.kv_write.rotation import rotate
 from tests.type_checker import check
@@ -52,7 +52,7 @@ def test_a_function_without_shapes_is_left_alone():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: write_slot(jnp.zeros((3, 8), jnp.int32), jnp.int32(1), jnp.zeros(7, jnp.int32)),
+        lambda: write_entries(jnp.zeros((3, 8), jnp.int32), jnp.zeros((2, 4), jnp.int32)),
         lambda: rotate(jnp.zeros((5, 2, 8)), jnp.zeros((5, 8)), jnp.zeros((5, 8))),
     ],
     ids=["runner", "pallas_kernels"],

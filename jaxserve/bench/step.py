@@ -18,7 +18,9 @@ from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import load_config
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_facts import CoreInfo
+from jaxserve.engine.heap import freeze_heap
 from jaxserve.engine.startup import Started
+from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard
@@ -66,15 +68,15 @@ class _TimedStep:
         return result
 
 
-def instant_core(*, num_running: int, max_model_len: int) -> tuple[EngineCore, TimedRunner]:
-    """An engine core that is real but for its model, with room for all requests."""
+def instant_core(*, num_running: int, max_tokens: int, max_model_len: int) -> tuple[EngineCore, TimedRunner]:
+    """An engine core that is real but for its model, with blocks for `num_running` requests of `max_tokens` each."""
     settings = SchedulerSettings(
         max_num_seqs=num_running,
         max_num_batched_tokens=max(PROMPT_TOKENS, num_running),
         max_model_len=max_model_len,
         max_queued_requests=num_running,
     )
-    pool = BlockPool(num_running * -(-max_model_len // BLOCK_SIZE) + 1, BLOCK_SIZE)
+    pool = BlockPool(num_running * -(-max_tokens // BLOCK_SIZE) + 1, BLOCK_SIZE)
     buckets = Buckets(tuple(sorted({num_running, settings.max_num_batched_tokens})), (num_running,))
     runner = TimedRunner(_instant_runner(settings, buckets))
     info = CoreInfo(
@@ -110,19 +112,24 @@ def _instant_runner(settings: SchedulerSettings, buckets: Buckets) -> ModelRunne
     return ModelRunner(LoadedModel(graph=graph, params=params, programs=programs, caches=caches), shapes)
 
 
-def measure_step(*, num_running: int, num_steps: int, input_len: int) -> Report:
-    """Time `num_steps` steps in which `num_running` requests each get a token."""
+def measure_step(*, num_running: int, num_steps: int, input_len: int, max_model_len: int) -> Report:
+    """Time `num_steps` steps in which `num_running` requests each get a token.
+
+    Prompts have `input_len` tokens and up to a block more, so that each step some requests fill a block, as in a
+    server, and not all in the same one.
+    """
     output_len = num_steps + WARM_UP_STEPS + num_running  # nobody finishes while we measure
-    core, runner = instant_core(num_running=num_running, max_model_len=input_len + output_len)
-    workload = Workload(
-        num_prompts=num_running,
-        input_len=LengthRange(input_len, input_len),
-        output_len=LengthRange(output_len, output_len),
-    )
+    input_lens = LengthRange(input_len, input_len + BLOCK_SIZE - 1)
+    max_tokens = input_lens.high + output_len
+    if max_tokens > max_model_len:
+        raise ConfigError(f"requests grow to {max_tokens} tokens; raise max_model_len, which is {max_model_len}")
+    core, runner = instant_core(num_running=num_running, max_tokens=max_tokens, max_model_len=max_model_len)
+    workload = Workload(num_prompts=num_running, input_len=input_lens, output_len=LengthRange(output_len, output_len))
     for index, request in enumerate(workload.requests(core.info.vocab_size)):
         core.add_request(engine_request(f"step-{index}", request))
     while core.stats().num_waiting:
         core.step()
+    freeze_heap()
     for _ in range(WARM_UP_STEPS):
         core.step()
     runner.dispatch_s.clear()
@@ -139,9 +146,14 @@ def measure_step(*, num_running: int, num_steps: int, input_len: int) -> Report:
     result |= distribution("step_ms", [seconds * 1e3 for seconds in step_s])
     # Plan, update and the core's loop.
     result |= distribution("schedule_ms", [(step - dispatch - fetch) * 1e3 for step, dispatch, fetch in halves])
-    # Build the batch, pack and upload it, call both programs.
+    # Build the batch, pack and upload it, call the programs.
     result |= distribution("dispatch_ms", [seconds * 1e3 for seconds in runner.dispatch_s])
     # Wait for the device, and turn its arrays into each row's tokens.
     result |= distribution("result_ms", [seconds * 1e3 for seconds in runner.result_s[:num_steps]])
-    settings = {"num_running": num_running, "num_steps": num_steps, "input_len": input_len}
+    settings = {
+        "num_running": num_running,
+        "num_steps": num_steps,
+        "input_len": input_len,
+        "max_model_len": max_model_len,
+    }
     return Report(benchmark="host time a step", settings=settings, results=[result])

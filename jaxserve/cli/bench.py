@@ -154,13 +154,16 @@ def speculative(
 def step(
     num_running: Annotated[int, typer.Option("--num-running", min=1, help="Requests in every step.")] = 256,
     num_steps: Annotated[int, typer.Option("--num-steps", min=1, help="Steps to time.")] = 300,
-    input_len: Annotated[int, typer.Option("--input-len", min=1, help="Prompt tokens a request.")] = 128,
+    input_len: Annotated[int, typer.Option("--input-len", min=1, help="Prompt tokens a request, at least.")] = 128,
+    max_model_len: Annotated[int, typer.Option("--max-model-len", min=1, help="The model's context.")] = 131_072,
     json_path: Json = None,
 ) -> None:
     """Time the host's part of a step (planning, batch building, bookkeeping) with a model that answers at once."""
     from jaxserve.bench.step import measure_step
 
-    report = measure_step(num_running=num_running, num_steps=num_steps, input_len=input_len)
+    report = measure_step(
+        num_running=num_running, num_steps=num_steps, input_len=input_len, max_model_len=max_model_len
+    )
     report.finish(["requests"], json_path)
 
 

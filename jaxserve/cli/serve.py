@@ -77,6 +77,7 @@ async def _serve_on(
     from api.app import create_app
     from api.server import serve as serve_http
     from jaxserve.cli.startup_display import StartupDisplay
+    from jaxserve.engine.heap import freeze_heap
     from jaxserve.engine.process_client import ProcessEngineClient
     from jaxserve.metrics import ServerMetrics
     from jaxserve.tokenizer.chat_template import ChatTemplate
@@ -92,6 +93,7 @@ async def _serve_on(
         path = config.model.chat_template
         template = ChatTemplate.of_tokenizer(engine.tokenizer, path=None if path is None else Path(path))
         app = create_app(engine, config.server, metrics=metrics, chat_template=template)
+        freeze_heap()
         await serve_http(
             app,
             config.server,

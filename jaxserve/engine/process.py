@@ -27,6 +27,7 @@ import zmq
 
 from jaxserve.engine import wire
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.heap import freeze_heap
 from jaxserve.engine.hosts.session import HostSession
 from jaxserve.errors import JaxserveError, RequestError
 from jaxserve.outputs import TokenDelta
@@ -211,6 +212,7 @@ def _serve(socket: zmq.Socket[bytes], order: LaunchOrder) -> int:
         process.send(wire.StartFailed(wire.WireError.of(failure)))
         return EXIT_START_FAILED
     signal.signal(signal.SIGTERM, lambda *_: process.stop())
+    freeze_heap()
     try:
         process.run()
     except Exception:

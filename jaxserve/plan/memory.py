@@ -106,11 +106,12 @@ def estimate_step_bytes(deployment: Deployment) -> int:
     model, bucket = deployment.graph.config, deployment.buckets.all()[0]
     itemsize = deployment.files.dtype.itemsize
     hidden = (bucket.num_tokens + bucket.num_rows) * model.hidden_size * itemsize
-    table = (deployment.settings.max_num_seqs + 1) * deployment.settings.max_model_len * 4
+    max_model_len, block_size = deployment.settings.max_model_len, deployment.graph.backend.geometry.block_size
+    tables = (deployment.settings.max_num_seqs + 1) * (max_model_len + -(-max_model_len // block_size)) * 4
     rules = bucket.num_rows * model.vocab_size // 8
     activations = activation_bytes(model, bucket.num_tokens, itemsize)
-    sampler = sampler_bytes(model, bucket.num_rows, deployment.settings.max_model_len)
-    return max(activations, sampler) + 2 * (hidden + table + rules)
+    sampler = sampler_bytes(model, bucket.num_rows, max_model_len)
+    return max(activations, sampler) + 2 * (hidden + tables + rules)
 
 
 def plan_or_suggest(config: Config, devices: Devices) -> tuple[Deployment, Memory]:

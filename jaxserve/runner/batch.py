@@ -10,7 +10,7 @@ from jaxserve.layers.attention import AttentionBackend
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.scheduler.plan import StepPlan
-from pallas_kernels.paged_attention import AttentionMetadata, build_metadata
+from pallas_kernels.paged_attention import AttentionMetadata, build_without_tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class HostBatch:
     token_slots: np.ndarray  # i32[tokens], 0 past the end
     positions: np.ndarray  # i32[tokens]
     kv_slots: np.ndarray  # i32[tokens], in block 0 past the end
-    metadata: AttentionMetadata  # NumPy leaves
+    metadata: AttentionMetadata  # NumPy leaves; without block tables, which the device has
     row_slots: np.ndarray  # i32[num_rows], the row's slot
     starts: np.ndarray  # i32[num_rows]
     num_tokens: np.ndarray  # i32[num_rows]
@@ -78,6 +78,29 @@ class HostStep:
         return slots, np.concatenate([batch.samples.positions for batch in self.batches])
 
 
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows of a plan as arrays, those of one token first."""
+
+    order: np.ndarray  # i64[rows], row in the plan
+    slots: np.ndarray  # i32[rows]
+    starts: np.ndarray  # i32[rows]
+    num_tokens: np.ndarray  # i32[rows]
+    num_samples: np.ndarray  # i32[rows], 0 where the row does not sample
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> _Rows:
+        columns = np.array([plan.slots, plan.starts, plan.num_tokens, plan.samples], np.int32)
+        for row, draft_ids in plan.drafts.items():
+            columns[3, row] += len(draft_ids)
+        order = np.argsort(columns[2] > 1, kind="stable")
+        return cls(order, *columns[:, order])
+
+    def take(self, which: np.ndarray) -> _Rows:
+        """Those where `which`, bool[rows], says so."""
+        return _Rows(*(getattr(self, name)[which] for name in self.__slots__))
+
+
 class BatchBuilder:
     """Builds each step's batches from its plan and the slot table."""
 
@@ -89,43 +112,43 @@ class BatchBuilder:
 
     def build(self, plan: StepPlan) -> HostStep:
         """Pad the rows of each data shard to the smallest bucket; `slots.apply(plan)` must have been called."""
-        num_tokens = np.array(plan.num_tokens, np.int32)
-        order = np.argsort(num_tokens > 1, kind="stable")
-        shard = np.array(plan.slots, np.int32)[order] // self._slots.slots_per_shard
-        orders = [order[shard == index] for index in range(self._slots.num_data_shards)]
-        bucket = self._buckets.pick(max(int(num_tokens[rows].sum()) for rows in orders))
-        return HostStep.of([self._build(plan, rows, bucket, index) for index, rows in enumerate(orders)])
+        rows = _Rows.of(plan)
+        shard = rows.slots // self._slots.slots_per_shard
+        shards = [rows.take(shard == index) for index in range(self._slots.num_data_shards)]
+        bucket = self._buckets.pick(max(int(own.num_tokens.sum()) for own in shards))
+        return HostStep.of([self._build(own, bucket, index) for index, own in enumerate(shards)])
 
-    def _build(self, plan: StepPlan, order: np.ndarray, bucket: Bucket, shard: int) -> HostBatch:
-        """The batch of the plan's rows `order`, which are those of one data shard."""
+    def _build(self, rows: _Rows, bucket: Bucket, shard: int) -> HostBatch:
+        """The batch of one data shard's rows."""
         first_slot = shard * self._slots.slots_per_shard
         block_tables = self._slots.block_tables[first_slot : first_slot + self._slots.slots_per_shard]
-        num_tokens = np.array(plan.num_tokens, np.int32)[order]
-        row_slots = np.array(plan.slots, np.int32)[order] - first_slot
-        starts = np.array(plan.starts, np.int32)[order]
+        starts, num_tokens, row_slots = rows.starts, rows.num_tokens, rows.slots - first_slot
         ends = np.cumsum(num_tokens, dtype=np.int32)
         token_slots, positions = self._tokens(bucket, row_slots, starts, num_tokens, ends)
         blocks = block_tables[token_slots, positions // self._block_size]
+        kv_lens = starts + num_tokens
+        num_columns = -(-int(kv_lens.max(initial=0)) // self._block_size)
         return HostBatch(
             bucket=bucket,
-            num_rows=len(order),
-            order=order,
+            num_rows=len(starts),
+            order=rows.order,
             token_slots=token_slots,
             positions=positions,
             kv_slots=blocks * self._block_size + positions % self._block_size,
-            metadata=build_metadata(
+            metadata=build_without_tables(
                 num_tokens,
-                starts + num_tokens,
-                block_tables[row_slots],
+                kv_lens,
+                block_tables[:, :num_columns][row_slots],
                 geometry=self._backend.geometry,
                 implementation=self._backend.implementation,
                 num_tokens=bucket.num_tokens,
                 num_rows=bucket.num_rows,
+                blocks_per_seq=block_tables.shape[1],
             ),
             row_slots=row_slots,
             starts=starts,
             num_tokens=num_tokens,
-            samples=_samples(plan, order, ends, bucket.num_rows, first_slot=first_slot),
+            samples=_samples(rows, row_slots, ends, bucket.num_rows),
         )
 
     @staticmethod
@@ -147,25 +170,20 @@ class BatchBuilder:
         return token_slots, positions
 
 
-def _samples(plan: StepPlan, order: np.ndarray, ends: np.ndarray, num_rows: int, *, first_slot: int) -> Samples:
+def _samples(rows: _Rows, row_slots: np.ndarray, ends: np.ndarray, num_rows: int) -> Samples:
     """Of each row that samples the last token, and the one before for each draft.
 
     # row                | a: 1 token | b: 4 tokens, the last 2 of them drafts | c: 2 tokens, does not sample
     # samples' tokens    | 0          | 2 3 4                                  |
     """
-    counts = np.array(plan.samples, np.int64)
-    for row, draft_ids in plan.drafts.items():
-        counts[row] += len(draft_ids)
-    counts = counts[order]
-    owners = np.repeat(np.arange(len(order)), counts)
+    counts = rows.num_samples
+    owners = np.repeat(np.arange(len(counts)), counts)
     from_end = np.repeat(np.cumsum(counts), counts) - np.arange(len(owners))  # 1 for a row's last token
-    rows = order[owners]
-    row_ends = np.array(plan.starts, np.int32) + np.array(plan.num_tokens, np.int32)
     return Samples(
-        rows=rows,
-        tokens=_padded(ends[owners] - from_end, num_rows),
-        slots=_padded(np.array(plan.slots, np.int32)[rows] - first_slot, num_rows),
-        positions=_padded(row_ends[rows] - from_end + 1, num_rows),
+        rows=rows.order[owners],
+        tokens=padded(ends[owners] - from_end, num_rows),
+        slots=padded(row_slots[owners], num_rows),
+        positions=padded((rows.starts + rows.num_tokens)[owners] - from_end + 1, num_rows),
     )
 
 
@@ -181,7 +199,8 @@ def draft_places(plan: StepPlan) -> np.ndarray:
     ).T
 
 
-def _padded(values: np.ndarray, size: int) -> np.ndarray:
+def padded(values: np.ndarray | list[int], size: int) -> np.ndarray:
+    """i32[size]: `values`, then zeros."""
     padded = np.zeros(size, np.int32)
     padded[: len(values)] = values
     return padded
@@ -198,14 +217,15 @@ def empty_batch(bucket: Bucket, backend: AttentionBackend, *, blocks_per_seq: in
         token_slots=tokens,
         positions=tokens,
         kv_slots=tokens,
-        metadata=build_metadata(
+        metadata=build_without_tables(
             nothing,
             nothing,
-            np.zeros((0, blocks_per_seq), np.int32),
+            np.zeros((0, 0), np.int32),
             geometry=backend.geometry,
             implementation=backend.implementation,
             num_tokens=bucket.num_tokens,
             num_rows=bucket.num_rows,
+            blocks_per_seq=blocks_per_seq,
         ),
         row_slots=nothing,
         starts=nothing,

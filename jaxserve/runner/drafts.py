@@ -28,11 +28,11 @@ class DraftIds(Protocol):
 class Drafts(Protocol):
     """Puts drafts where the step's forward pass reads its inputs."""
 
-    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+    def place(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, DraftIds]:
         """The token table with the plan's drafts in it; `tokens` is donated. Slots and blocks are up to date."""
         ...
 
-    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+    def follow(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array, features: jax.Array) -> None:
         """The model has computed the plan's rows, and their new tokens are in the table; `features` is what a draft
         head reads of the model, [tokens, features] in the order of the step's batches."""
         ...
@@ -54,12 +54,12 @@ class GivenDrafts:
     def __init__(self, programs: Programs) -> None:
         self._programs = programs
 
-    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+    def place(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, DraftIds]:
         if plan.drafts:
             tokens = self._programs.write_drafts(tokens, draft_places(plan))
         return tokens, KnownIds(plan.drafts)
 
-    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+    def follow(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array, features: jax.Array) -> None:
         """Nothing."""
 
 
@@ -110,21 +110,22 @@ class DraftModel:
         self._block_size = shapes.kv_spec.block_size
         self._num_filled = np.zeros((slots.num_data_shards, shapes.num_blocks), np.int32)  # positions, by block
 
-    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+    def place(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, DraftIds]:
         """Compute the plan's rows up to their drafts, and draw those one after the other."""
         self._take_over(plan)
         drawn = DrawnIds()
         for step in self._first_passes(plan):
-            tokens = self._run(step, tokens, drawn)
+            tokens = self._run(step, tokens, block_tables, drawn)
         most = max(map(len, plan.drafts.values()), default=0)
         for index in range(1, most):
             rows = [row for row, draft_ids in plan.drafts.items() if len(draft_ids) > index]
             ends = [plan.starts[row] + plan.num_tokens[row] - len(plan.drafts[row]) for row in rows]
             starts = [end + index - 1 for end in ends]
-            tokens = self._run(_Pass(plan, rows, starts, [1] * len(rows), [True] * len(rows)), tokens, drawn)
+            step = _Pass(plan, rows, starts, [1] * len(rows), [True] * len(rows))
+            tokens = self._run(step, tokens, block_tables, drawn)
         return tokens, drawn
 
-    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+    def follow(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array, features: jax.Array) -> None:
         """Nothing: it has gone ahead."""
 
     def _take_over(self, plan: StepPlan) -> None:
@@ -167,7 +168,7 @@ class DraftModel:
             _Pass(plan, rows, plan.starts, own, samples),
         ]
 
-    def _run(self, step: _Pass, tokens: jax.Array, drawn: DrawnIds) -> jax.Array:
+    def _run(self, step: _Pass, tokens: jax.Array, block_tables: jax.Array, drawn: DrawnIds) -> jax.Array:
         """One pass of the model; where rows sample, a draft of each is drawn into the token table."""
         plan = step.as_plan()
         built = self._builder.build(plan)
@@ -179,6 +180,7 @@ class DraftModel:
             self._params,
             self._caches,
             tokens,
+            block_tables,
             built.bucket,
             [ForwardBatch.from_host(batch) for batch in built.batches],
         )

@@ -39,30 +39,40 @@ class HeadDrafts:
         self._parameters = parameters
         self._builder = BatchBuilder(shapes.buckets, slots, head.graph.backend)
 
-    def place(self, plan: StepPlan, tokens: jax.Array) -> tuple[jax.Array, DraftIds]:
+    def place(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, DraftIds]:
         """Draw the plan's drafts one after the other, each row's from where the model stands."""
         drawn = DrawnIds()
         for index in range(max(map(len, plan.drafts.values()), default=0)):
             rows = [row for row, draft_ids in plan.drafts.items() if len(draft_ids) > index]
-            tokens = self._draw(_states_of(plan, rows, index), rows, tokens, drawn, has_advanced=index == 0)
+            states = _states_of(plan, rows, index)
+            step = self._builder.build(states)
+            if index:
+                self._advance(step, tokens, block_tables)
+            tokens = self._draw(states, step, rows, tokens, drawn)
         return tokens, drawn
 
-    def follow(self, plan: StepPlan, tokens: jax.Array, features: jax.Array) -> None:
+    def follow(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array, features: jax.Array) -> None:
         """Go over what the model has computed."""
         step = self._builder.build(plan)
         self._states, self._caches = self._programs.follow(
-            self._params, self._caches, self._states, tokens, step.bucket, _forward_batches(step), features
+            self._params,
+            self._caches,
+            self._states,
+            tokens,
+            block_tables,
+            step.bucket,
+            _forward_batches(step),
+            features,
         )
 
-    def _draw(
-        self, states: StepPlan, rows: list[int], tokens: jax.Array, drawn: DrawnIds, *, has_advanced: bool
-    ) -> jax.Array:
+    def _advance(self, step: HostStep, tokens: jax.Array, block_tables: jax.Array) -> None:
+        """Compute the states from which these drafts are drawn."""
+        self._states, self._caches = self._programs.advance(
+            self._params, self._caches, self._states, tokens, block_tables, step.bucket, _forward_batches(step)
+        )
+
+    def _draw(self, states: StepPlan, step: HostStep, rows: list[int], tokens: jax.Array, drawn: DrawnIds) -> jax.Array:
         """A draft of each row, two tokens behind the position of its state."""
-        step = self._builder.build(states)
-        if not has_advanced:
-            self._states, self._caches = self._programs.advance(
-                self._params, self._caches, self._states, tokens, step.bucket, _forward_batches(step)
-            )
         slots, positions = step.samples_of(states)
         variant, inputs = self._parameters.gather(slots, positions + 1)
         batches = [SampleBatch(batch.samples.slots, batch.samples.positions + 1) for batch in step.batches]

@@ -49,13 +49,14 @@ class HeadPrograms:
         caches: list[LayerCache],
         states: jax.Array,
         tokens: jax.Array,
+        block_tables: jax.Array,
         bucket: Bucket,
         batches: Sequence[ForwardBatch],
         features: jax.Array,
     ) -> tuple[jax.Array, list[LayerCache]]:
         """See `head_step.follow`; `caches` and `states` are donated."""
         packed = self._packed(bucket, batches)
-        return self._compiled["follow", bucket](params, caches, states, tokens, packed, features)
+        return self._compiled["follow", bucket](params, caches, states, tokens, block_tables, packed, features)
 
     def advance(
         self,
@@ -63,11 +64,13 @@ class HeadPrograms:
         caches: list[LayerCache],
         states: jax.Array,
         tokens: jax.Array,
+        block_tables: jax.Array,
         bucket: Bucket,
         batches: Sequence[ForwardBatch],
     ) -> tuple[jax.Array, list[LayerCache]]:
         """See `head_step.advance`; `caches` and `states` are donated."""
-        return self._compiled["advance", bucket](params, caches, states, tokens, self._packed(bucket, batches))
+        packed = self._packed(bucket, batches)
+        return self._compiled["advance", bucket](params, caches, states, tokens, block_tables, packed)
 
     def draw(
         self,
@@ -130,10 +133,12 @@ class HeadPrograms:
             caches: list[LayerCache],
             states: jax.Array,
             tokens: jax.Array,
+            block_tables: jax.Array,
             packed: jax.Array,
             features: jax.Array,
         ) -> tuple[jax.Array, list[LayerCache]]:
-            return follow(self._graph, params, caches, states, tokens, packing.unpack(packed[0]), features)
+            batch = packing.unpack(packed[0])
+            return follow(self._graph, params, caches, states, tokens, block_tables, batch, features)
 
         features = self._arguments.activations(bucket.num_tokens, config.num_features)
         return self._lower_pass(program, packing.size, features)
@@ -143,20 +148,26 @@ class HeadPrograms:
         packing = self._arguments.forward_packings[bucket]
 
         def program(
-            params: Params, caches: list[LayerCache], states: jax.Array, tokens: jax.Array, packed: jax.Array
+            params: Params,
+            caches: list[LayerCache],
+            states: jax.Array,
+            tokens: jax.Array,
+            block_tables: jax.Array,
+            packed: jax.Array,
         ) -> tuple[jax.Array, list[LayerCache]]:
-            return advance(self._graph, params, caches, states, tokens, packing.unpack(packed[0]))
+            return advance(self._graph, params, caches, states, tokens, block_tables, packing.unpack(packed[0]))
 
         return self._lower_pass(program, packing.size)
 
     def _lower_pass(self, program: Callable[..., Any], packed_size: int, *more: jax.ShapeDtypeStruct) -> Lowered:
         given = self._arguments
         caches = given.caches()
-        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4 + len(more))))
+        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(5 + len(more))))
         out = (by_data_shard(self._graph.mesh), jax.tree.map(lambda pool: pool.sharding, caches))
         jitted = jax.jit(sharded, donate_argnums=(1, 2), out_shardings=out)
-        packed = given.split(1, packed_size)
-        return jitted.lower(self._graph.abstract_params(), caches, self._states, given.tokens(), packed, *more)
+        tables, packed = given.block_tables(), given.split(1, packed_size)
+        params = self._graph.abstract_params()
+        return jitted.lower(params, caches, self._states, given.tokens(), tables, packed, *more)
 
     def lower_draw(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head's logits and the sampler for one number of rows."""

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import AttentionInputs
 from jaxserve.models.head import DraftHead
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.runner.step import ForwardBatch, SampleBatch, sample_rows
@@ -25,6 +24,7 @@ def follow(
     caches: list[LayerCache],
     states: Float[Array, "slots states hidden"],
     tokens: Int[Array, "slots positions"],
+    block_tables: Int[Array, "slots blocks_per_seq"],
     batch: ForwardBatch,
     features: Float[Array, "tokens features"],
 ) -> tuple[Float[Array, "slots states hidden"], list[LayerCache]]:
@@ -34,7 +34,7 @@ def follow(
     step before it is read.
     """
     head: DraftHead = graph.bind(params)
-    return _advance(head, head.combine(features), caches, states, tokens, batch)
+    return _advance(head, head.combine(features), caches, states, tokens, block_tables, batch)
 
 
 def advance(
@@ -43,12 +43,13 @@ def advance(
     caches: list[LayerCache],
     states: Float[Array, "slots states hidden"],
     tokens: Int[Array, "slots positions"],
+    block_tables: Int[Array, "slots blocks_per_seq"],
     batch: ForwardBatch,
 ) -> tuple[Float[Array, "slots states hidden"], list[LayerCache]]:
     """Go one draft further, on the head's own state of the position before; a token a row."""
     number = (jnp.asarray(batch.positions) - 1) % states.shape[1]
     head: DraftHead = graph.bind(params)
-    return _advance(head, states[batch.token_slots, number], caches, states, tokens, batch)
+    return _advance(head, states[batch.token_slots, number], caches, states, tokens, block_tables, batch)
 
 
 def _advance(
@@ -57,10 +58,11 @@ def _advance(
     caches: list[LayerCache],
     states: jax.Array,
     tokens: jax.Array,
+    block_tables: jax.Array,
     batch: ForwardBatch,
 ) -> tuple[jax.Array, list[LayerCache]]:
     slots, positions = jnp.asarray(batch.token_slots), jnp.asarray(batch.positions)
-    inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
+    inputs = batch.attention_inputs(block_tables)
     # Of a sequence's last possible position the next token is never asked.
     token_ids = tokens[slots, jnp.minimum(positions + 1, tokens.shape[1] - 1)]
     x, caches = head.advance(token_ids, x, positions, caches, inputs)

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import DATA, by_data_shard, to_devices
-from jaxserve.runner.batch import BatchBuilder, HostStep
+from jaxserve.runner.batch import BatchBuilder, HostStep, padded
 from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
 from jaxserve.runner.head_drafts import HeadDrafts
 from jaxserve.runner.head_programs import LoadedHead
@@ -50,7 +50,7 @@ class Runner(Protocol):
 
 
 class ModelRunner:
-    """Owns the parameters, the KV pools and the token table, and the host's memory of each slot."""
+    """Owns the parameters, the KV pools, the token table and the block tables, and the host's memory of each slot."""
 
     def __init__(
         self, model: LoadedModel, shapes: ProgramShapes, *, drafting: LoadedModel | LoadedHead | None = None
@@ -67,8 +67,10 @@ class ModelRunner:
             num_data_shards=graph.mesh.shape[DATA],
         )
         num_slots = self._slots.num_data_shards * self._slots.slots_per_shard
-        table = np.zeros((num_slots, shapes.max_model_len), np.int32)
-        self._tokens = to_devices(table, by_data_shard(graph.mesh))
+        self._tokens, self._block_tables = (
+            to_devices(np.zeros((num_slots, columns), np.int32), by_data_shard(graph.mesh))
+            for columns in (shapes.max_model_len, shapes.blocks_per_seq)
+        )
         self._parameters = SlotParameters(
             max_num_seqs=num_slots - 1,
             vocab_size=graph.config.vocab_size,
@@ -76,19 +78,22 @@ class ModelRunner:
         )
         self._drafts = self._make_drafts(model, shapes, drafting)
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
-        self._max_model_len = shapes.max_model_len
+        self._max_model_len, self._blocks_per_seq = shapes.max_model_len, shapes.blocks_per_seq
 
     def dispatch(self, plan: StepPlan) -> PendingStep:
         """Hand the step to the device and return; the tokens of earlier steps need not have arrived."""
-        self._slots.apply(plan)
+        new_blocks = self._slots.apply(plan)
         for new in plan.new_slots:
             self._occupy(new)
-        self._tokens, draft_ids = self._drafts.place(plan, self._tokens)
+        if new_blocks.size:
+            self._block_tables = self._programs.write_blocks(self._block_tables, new_blocks)
+        self._tokens, draft_ids = self._drafts.place(plan, self._tokens, self._block_tables)
         step = self._builder.build(plan)
         hidden, rows, features, self._caches = self._programs.forward(
             self._params,
             self._caches,
             self._tokens,
+            self._block_tables,
             step.bucket,
             [ForwardBatch.from_host(batch) for batch in step.batches],
         )
@@ -97,7 +102,7 @@ class ModelRunner:
         self._tokens, sampled = self._programs.sample(
             self._head, rows, self._tokens, [SampleBatch.from_host(batch) for batch in step.batches], inputs, variant
         )
-        self._drafts.follow(plan, self._tokens, hidden if features is None else features)
+        self._drafts.follow(plan, self._tokens, self._block_tables, hidden if features is None else features)
         return _DeviceStep(plan, step, draft_ids, sampled, prompt_scores, self._asked_logprobs(plan, step))
 
     def _make_drafts(
@@ -110,10 +115,12 @@ class ModelRunner:
         return DraftModel(drafting, shapes, slots=self._slots, parameters=self._parameters)
 
     def _occupy(self, new: NewSlot) -> None:
-        """Upload a new slot's tokens and keep what its request asks of the sampler."""
-        row = np.zeros(self._max_model_len, np.int32)
-        row[: len(new.token_ids)] = new.token_ids
-        self._tokens = self._programs.write_slot(self._tokens, new.slot, row)
+        """Upload a new slot's tokens and blocks, and keep what its request asks of the sampler."""
+        token_row = padded(new.token_ids, self._max_model_len)
+        table_row = padded(new.block_ids, self._blocks_per_seq)
+        self._tokens, self._block_tables = self._programs.write_slot(
+            self._tokens, self._block_tables, new.slot, token_row, table_row
+        )
         self._parameters.set(
             new.slot,
             new.sampling_params,

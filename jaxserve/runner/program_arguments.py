@@ -45,6 +45,17 @@ class ProgramShapes:
         """Of a data shard's token table, i32[slots, positions]; slot 0 is padding."""
         return (self.max_num_seqs + 1, self.max_model_len)
 
+    @property
+    def tables_shape(self) -> tuple[int, int]:
+        """Of a data shard's block tables, i32[slots, blocks]; slot 0 is padding."""
+        return (self.max_num_seqs + 1, self.blocks_per_seq)
+
+    @property
+    def max_new_blocks(self) -> int:
+        """Blocks that a step can append to the tables of a data shard: a row of n tokens takes n / block_size or less,
+        rounded up."""
+        return self.max_num_seqs + self.buckets.token_sizes[-1] // self.kv_spec.block_size
+
 
 class ProgramArguments:
     """What programs of one model take: packed batches a bucket, and shapes, dtypes and shardings of all else."""
@@ -90,6 +101,15 @@ class ProgramArguments:
     def tokens(self) -> jax.ShapeDtypeStruct:
         """The token table."""
         return self.split(*self._shapes.tokens_shape)
+
+    def block_tables(self) -> jax.ShapeDtypeStruct:
+        """The block tables of all slots."""
+        return self.split(*self._shapes.tables_shape)
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of a device's block tables."""
+        return math.prod(self._shapes.tables_shape) * np.dtype(np.int32).itemsize
 
     def activations(self, first: int, *rest: int) -> jax.ShapeDtypeStruct:
         """Such an array of what flows between layers."""

@@ -25,7 +25,7 @@ from jaxserve.runner.step import (
     forward,
     sample_rows,
     score_prompt,
-    write_drafts,
+    write_entries,
     write_slot,
 )
 from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant
@@ -33,7 +33,7 @@ from jaxserve.sampling.sampler import SampledTokens
 
 
 class Programs:
-    """Compiled programs by shape. Caches and the token table are donated to the calls that change them.
+    """Compiled programs by shape. Caches, token table and block tables are donated to the calls that change them.
 
     What differs between data shards comes as a list with an entry a shard, or with their parts along the first axis.
     """
@@ -53,12 +53,14 @@ class Programs:
         params: Params,
         caches: list[LayerCache],
         tokens: jax.Array,
+        block_tables: jax.Array,
         bucket: Bucket,
         batches: Sequence[ForwardBatch],
     ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
         """See `step.forward`; `caches` are donated."""
         packed = np.stack([self._arguments.forward_packings[bucket].pack(batch) for batch in batches])
-        return self._compiled["forward", bucket](params, caches, tokens, self._arguments.to_devices(packed))
+        packed = self._arguments.to_devices(packed)
+        return self._compiled["forward", bucket](params, caches, tokens, block_tables, packed)
 
     def sample(
         self,
@@ -82,26 +84,33 @@ class Programs:
         program = self._compiled["score", hidden.shape[0] // self._arguments.num_data_shards]
         return program(head, hidden, *self._arguments.to_devices((indices, target_ids)))
 
-    def write_slot(self, tokens: jax.Array, slot: int, row: np.ndarray) -> jax.Array:
-        """See `step.write_slot`; `slot` counts over all data shards, `tokens` is donated."""
+    def write_slot(
+        self, tokens: jax.Array, block_tables: jax.Array, slot: int, token_row: np.ndarray, table_row: np.ndarray
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `step.write_slot`; `slot` counts over all data shards, `tokens` and `block_tables` are donated."""
         shard, slot = divmod(slot, self._shapes.tokens_shape[0])
         slots = np.zeros(self._arguments.num_data_shards, np.int32)  # the others write to their padding
         slots[shard] = slot
-        return self._compiled[("write_slot",)](tokens, self._arguments.to_devices(slots), row)
+        program = self._compiled[("write_slot",)]
+        return program(tokens, block_tables, self._arguments.to_devices(slots), token_row, table_row)
+
+    def write_blocks(self, block_tables: jax.Array, blocks: np.ndarray) -> jax.Array:
+        """See `step.write_entries`; slots count over all data shards, `block_tables` are donated."""
+        return self._compiled[("write_blocks",)](block_tables, self._entries(blocks, self._shapes.max_new_blocks))
 
     def write_drafts(self, tokens: jax.Array, drafts: np.ndarray) -> jax.Array:
-        """See `step.write_drafts`; slots count over all data shards, `tokens` is donated.
+        """See `step.write_entries`; slots count over all data shards, `tokens` is donated."""
+        return self._compiled[("write_drafts",)](tokens, self._entries(drafts, self._shapes.max_num_drafts))
 
-        Fewer drafts than the shape of a shard holds go to its padding slot.
-        """
+    def _entries(self, entries: np.ndarray, size: int) -> Any:
+        """Each data shard's own of i32[3, entries], padded to `size`: zeros in its padding slot."""
         slots_per_shard = self._shapes.tokens_shape[0]
-        padded = np.zeros((self._arguments.num_data_shards, 3, self._shapes.max_num_drafts), np.int32)
+        padded = np.zeros((self._arguments.num_data_shards, 3, size), np.int32)
         for shard, part in enumerate(padded):
-            own = drafts[:, drafts[0] // slots_per_shard == shard]
+            own = entries[:, entries[0] // slots_per_shard == shard]
             part[:, : own.shape[1]] = own
             part[0, : own.shape[1]] -= shard * slots_per_shard
-        padded = padded.reshape(-1, self._shapes.max_num_drafts)
-        return self._compiled[("write_drafts",)](tokens, self._arguments.to_devices(padded))
+        return self._arguments.to_devices(padded.reshape(-1, size))
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
@@ -122,9 +131,11 @@ class Programs:
         if not self._only_draws:
             for num_tokens in self._shapes.buckets.token_sizes:
                 jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
+            given, shapes = self._arguments, self._shapes
             jobs[("write_slot",)] = self._lower_write_slot
-            if self._shapes.max_num_drafts:
-                jobs[("write_drafts",)] = self._lower_write_drafts
+            jobs[("write_blocks",)] = partial(self._lower_write_entries, given.block_tables(), shapes.max_new_blocks)
+            if shapes.max_num_drafts:
+                jobs[("write_drafts",)] = partial(self._lower_write_entries, given.tokens(), shapes.max_num_drafts)
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
@@ -144,7 +155,7 @@ class Programs:
         )
         sizes = {name: sizes_of(program) for name, program in compiled.items()}
         head_bytes = bytes_of_a_device(self._arguments.head())
-        held = sizes["sample"].argument_size_in_bytes - head_bytes
+        held = sizes["sample"].argument_size_in_bytes - head_bytes + self._arguments.table_bytes
         held += sum(size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes.values())
         return max(size.temp_size_in_bytes for size in sizes.values()) + 2 * held
 
@@ -153,16 +164,17 @@ class Programs:
         packing = self._arguments.forward_packings[bucket]
 
         def program(
-            params: Params, caches: list[LayerCache], tokens: jax.Array, packed: jax.Array
+            params: Params, caches: list[LayerCache], tokens: jax.Array, block_tables: jax.Array, packed: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
-            return forward(self._graph, params, caches, tokens, packing.unpack(packed[0]))
+            return forward(self._graph, params, caches, tokens, block_tables, packing.unpack(packed[0]))
 
         given = self._arguments
         caches, split = given.caches(), by_data_shard(self._graph.mesh)
         out = (split, split, split, jax.tree.map(lambda pool: pool.sharding, caches))
-        sharded = self._arguments.on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
+        sharded = self._arguments.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
         jitted = jax.jit(sharded, donate_argnums=1, out_shardings=out)
-        return jitted.lower(self._graph.abstract_params(), caches, given.tokens(), given.split(1, packing.size))
+        packed = given.split(1, packing.size)
+        return jitted.lower(self._graph.abstract_params(), caches, given.tokens(), given.block_tables(), packed)
 
     def lower_sample(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head and the sampler for one number of rows."""
@@ -187,15 +199,19 @@ class Programs:
         return jitted.lower(self._arguments.head(), self._arguments.hidden(num_tokens), rows, rows)
 
     def _lower_write_slot(self) -> Lowered:
-        sharded = self._arguments.on_each(write_slot, PER_DATA_SHARD, PER_DATA_SHARD, EVERYWHERE)
-        jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
-        row = jax.ShapeDtypeStruct(self._shapes.tokens_shape[1:], jnp.int32, sharding=replicated(self._graph.mesh))
-        return jitted.lower(self._arguments.tokens(), self._arguments.split(1), row)
+        given, split = self._arguments, by_data_shard(self._graph.mesh)
+        sharded = given.on_each(write_slot, *(PER_DATA_SHARD for _ in range(3)), EVERYWHERE, EVERYWHERE)
+        jitted = jax.jit(sharded, donate_argnums=(0, 1), out_shardings=(split, split))
+        rows = (
+            jax.ShapeDtypeStruct(shape[1:], jnp.int32, sharding=replicated(self._graph.mesh))
+            for shape in (self._shapes.tokens_shape, self._shapes.tables_shape)
+        )
+        return jitted.lower(given.tokens(), given.block_tables(), given.split(1), *rows)
 
-    def _lower_write_drafts(self) -> Lowered:
-        sharded = self._arguments.on_each(write_drafts, PER_DATA_SHARD, PER_DATA_SHARD)
+    def _lower_write_entries(self, table: jax.ShapeDtypeStruct, size: int) -> Lowered:
+        sharded = self._arguments.on_each(write_entries, PER_DATA_SHARD, PER_DATA_SHARD)
         jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
-        return jitted.lower(self._arguments.tokens(), self._arguments.split(3, self._shapes.max_num_drafts))
+        return jitted.lower(table, self._arguments.split(3, size))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,25 +30,29 @@ class SlotTable:
         self.num_data_shards = num_data_shards
         num_slots = self.slots_per_shard * num_data_shards
         self.block_tables = np.zeros((num_slots, max_blocks_per_seq), np.int32)  # 0 past a sequence's end
-        self.num_blocks = np.zeros(num_slots, np.int32)
+        self._num_blocks = [0] * num_slots
         self.num_prompt_tokens = np.zeros(num_slots, np.int32)
         self.num_logprobs: dict[int, int] = {}  # slot -> alternatives a generated token, where asked
         self.prompt_logprobs: dict[int, PromptLogprobs] = {}  # where asked
 
-    def apply(self, plan: StepPlan) -> None:
-        """Take in the plan's new slots and new blocks."""
+    def apply(self, plan: StepPlan) -> np.ndarray:
+        """Take in the plan's new slots, then its new blocks; returns the latter, i32[3, blocks]: slot, column, id."""
         for new in plan.new_slots:
             self._occupy(new)
+        places = []
         for slot, block_ids in plan.new_blocks:
-            start = self.num_blocks[slot]
-            self.block_tables[slot, start : start + len(block_ids)] = block_ids
-            self.num_blocks[slot] = start + len(block_ids)
+            first = self._num_blocks[slot]
+            self._num_blocks[slot] = first + len(block_ids)
+            places += [(slot, column, block_id) for column, block_id in enumerate(block_ids, first)]
+        slots, columns, ids = blocks = np.array(places, np.int32).reshape(-1, 3).T
+        self.block_tables[slots, columns] = ids
+        return blocks
 
     def _occupy(self, new: NewSlot) -> None:
         count = len(new.block_ids)
         self.block_tables[new.slot, :count] = new.block_ids
         self.block_tables[new.slot, count:] = 0
-        self.num_blocks[new.slot] = count
+        self._num_blocks[new.slot] = count
         self.num_prompt_tokens[new.slot] = new.num_prompt_tokens
         self.num_logprobs.pop(new.slot, None)
         self.prompt_logprobs.pop(new.slot, None)

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.layers.attention import AttentionInputs
 from jaxserve.parallel.mesh import EVERYWHERE, TENSOR, partition_spec
-from jaxserve.runner.batch import HostBatch
+from jaxserve.runner.batch import HostBatch, padded
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.sampling.inputs import SamplingInputs, Variant
 from jaxserve.sampling.sampler import SampledTokens, prompt_logprobs, sample
@@ -29,7 +29,7 @@ PROMPT_LOGPROB_ROWS = 64  # prompt positions scored at once
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "positions", "kv_slots", "sample_tokens", "metadata"],
+    data_fields=["token_slots", "positions", "kv_slots", "row_slots", "sample_tokens", "metadata"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -39,13 +39,26 @@ class ForwardBatch:
     token_slots: jax.Array | np.ndarray  # i32[tokens]
     positions: jax.Array | np.ndarray  # i32[tokens]
     kv_slots: jax.Array | np.ndarray  # i32[tokens]
+    row_slots: jax.Array | np.ndarray  # i32[rows], whose block table each row has; 0 for padding
     sample_tokens: jax.Array | np.ndarray  # i32[rows], which of the tokens yield a new one
-    metadata: AttentionMetadata
+    metadata: AttentionMetadata  # without block tables
 
     @classmethod
     def from_host(cls, batch: HostBatch) -> ForwardBatch:
         """The model's share of a host batch."""
-        return cls(batch.token_slots, batch.positions, batch.kv_slots, batch.samples.tokens, batch.metadata)
+        return cls(
+            token_slots=batch.token_slots,
+            positions=batch.positions,
+            kv_slots=batch.kv_slots,
+            row_slots=padded(batch.row_slots, batch.bucket.num_rows),
+            sample_tokens=batch.samples.tokens,
+            metadata=batch.metadata,
+        )
+
+    def attention_inputs(self, block_tables: Int[Array, "slots blocks_per_seq"]) -> AttentionInputs:
+        """What all attention layers are told; `block_tables` are those of all slots."""
+        metadata = self.metadata.with_tables(block_tables[self.row_slots])
+        return AttentionInputs(metadata=metadata, kv_slots=jnp.asarray(self.kv_slots))
 
 
 def forward(
@@ -53,6 +66,7 @@ def forward(
     params: Params,
     caches: list[LayerCache],
     tokens: Int[Array, "slots positions"],
+    block_tables: Int[Array, "slots blocks_per_seq"],
     batch: ForwardBatch,
 ) -> tuple[
     Float[Array, "tokens hidden"], Float[Array, "rows hidden"], Float[Array, "tokens features"] | None, list[LayerCache]
@@ -62,7 +76,7 @@ def forward(
     Features are what a draft head reads of inner layers, None where there is no such head.
     """
     token_ids = tokens[batch.token_slots, batch.positions]
-    inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
+    inputs = batch.attention_inputs(block_tables)
     hidden, features, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
     return hidden, hidden[batch.sample_tokens], features, caches
 
@@ -138,16 +152,18 @@ def _on_logits(
     return run(logits, *whole)
 
 
-def write_drafts(
-    tokens: Int[Array, "slots positions"], drafts: Int[Array, "3 drafts"]
-) -> Int[Array, "slots positions"]:
-    """Put guessed tokens where the step reads its inputs; rows of `drafts`: slot, position, token id."""
-    slots, positions, token_ids = drafts
-    return tokens.at[slots, positions].set(token_ids)
+def write_entries(table: Int[Array, "slots columns"], entries: Int[Array, "3 entries"]) -> Int[Array, "slots columns"]:
+    """Put guessed tokens or new blocks where the step reads them; rows of `entries`: slot, column, value."""
+    slots, columns, values = entries
+    return table.at[slots, columns].set(values)
 
 
 def write_slot(
-    tokens: Int[Array, "slots positions"], slot: Int[Array, 1], row: Int[Array, " positions"]
-) -> Int[Array, "slots positions"]:
-    """Replace a slot's known tokens: a request moves in."""
-    return tokens.at[slot].set(row)
+    tokens: Int[Array, "slots positions"],
+    block_tables: Int[Array, "slots blocks_per_seq"],
+    slot: Int[Array, 1],
+    token_row: Int[Array, " positions"],
+    table_row: Int[Array, " blocks_per_seq"],
+) -> tuple[Int[Array, "slots positions"], Int[Array, "slots blocks_per_seq"]]:
+    """Replace a slot's known tokens and its block table: a request moves in."""
+    return tokens.at[slot].set(token_row), block_tables.at[slot].set(table_row)

@@ -15,7 +15,7 @@ class PagedAttention(Protocol):
 
     check_supported: Callable[[AttentionGeometry], None]  # NotImplementedError says what it cannot do
     plan_shapes: Callable[..., Any]  # ShapeDtypeStructs of a bucket's plan
-    build_plan: Callable[..., Any]  # numpy arrays of these shapes
+    build_plan: Callable[..., Any]  # numpy arrays of these shapes; block tables as wide as the longest row, at least
     paged_attention: Callable[..., jax.Array]  # see op.py
 
 

@@ -23,11 +23,15 @@ class AttentionMetadata:
 
     query_starts: jax.Array  # i32[rows + 1], first token of each row; the last entry and padding rows: num tokens
     kv_lens: jax.Array  # i32[rows], tokens of the sequence after this step, 0 for padding rows
-    block_tables: jax.Array  # i32[rows, blocks_per_seq], 0 past a sequence's end
+    block_tables: jax.Array  # i32[rows, blocks_per_seq], 0 past a sequence's end; None until `with_tables`
     plan: Any  # a pytree of i32 arrays: the implementation's own work list
     implementation: Implementation  # static: who made the plan, and computes it
     geometry: AttentionGeometry  # static: what it was planned for
     num_tokens: int  # static: of the bucket
+
+    def with_tables(self, block_tables: jax.Array | np.ndarray) -> "AttentionMetadata":
+        """The same with block tables, i32[rows, blocks_per_seq]."""
+        return dataclasses.replace(self, block_tables=block_tables)
 
 
 jax.tree_util.register_dataclass(
@@ -85,14 +89,41 @@ def build_metadata(
 
     The bucket is (num_tokens, num_rows); ValueError if the batch does not fit it.
     """
+    metadata = build_without_tables(
+        query_lens,
+        kv_lens,
+        block_tables,
+        geometry=geometry,
+        implementation=implementation,
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        blocks_per_seq=block_tables.shape[1],
+        has_prefill=has_prefill,
+    )
+    tables = np.zeros((num_rows, block_tables.shape[1]), np.int32)
+    tables[: len(block_tables)] = block_tables
+    return metadata.with_tables(tables)
+
+
+def build_without_tables(
+    query_lens: Sequence[int] | np.ndarray,  # [batch rows], new tokens of each row, >= 1
+    kv_lens: Sequence[int] | np.ndarray,  # [batch rows], computed tokens + new tokens
+    block_tables: np.ndarray,  # i32[batch rows, as many columns as the longest row fills, or more]
+    *,
+    geometry: AttentionGeometry,
+    implementation: Implementation,
+    num_tokens: int,
+    num_rows: int,
+    blocks_per_seq: int,
+    has_prefill: bool = True,
+) -> AttentionMetadata:
+    """`build_metadata` for whoever keeps block tables on the device: what is compiled takes them by `with_tables`."""
     query_lens, kv_lens = np.asarray(query_lens, np.int32), np.asarray(kv_lens, np.int32)
     _check_batch(query_lens, kv_lens, block_tables, geometry.block_size)
     _check_fits(query_lens, num_tokens, num_rows, has_prefill)
     starts = np.full(num_rows + 1, query_lens.sum(), np.int32)
     starts[0] = 0
     np.cumsum(query_lens, out=starts[1 : len(query_lens) + 1])
-    tables = np.zeros((num_rows, block_tables.shape[1]), np.int32)
-    tables[: len(block_tables)] = block_tables
     plan = implementation_of(implementation).build_plan(
         query_lens,
         kv_lens,
@@ -100,9 +131,10 @@ def build_metadata(
         geometry=geometry,
         num_tokens=num_tokens,
         num_rows=num_rows,
+        blocks_per_seq=blocks_per_seq,
         has_prefill=has_prefill,
     )
-    leaves: dict[str, Any] = {"query_starts": starts, "kv_lens": padded(kv_lens, num_rows), "block_tables": tables}
+    leaves: dict[str, Any] = {"query_starts": starts, "kv_lens": padded(kv_lens, num_rows), "block_tables": None}
     return AttentionMetadata(
         **leaves, plan=plan, implementation=implementation, geometry=geometry, num_tokens=num_tokens
     )

@@ -138,5 +138,6 @@ def planned(
     metadata = build_metadata(query_lens, kv_lens, block_tables, implementation=implementation, **bucket)
     if tiles is None:
         return metadata
-    plan = implementation_of(implementation).build_plan(query_lens, kv_lens, block_tables, tiles=tiles, **bucket)
+    build_plan = implementation_of(implementation).build_plan
+    plan = build_plan(query_lens, kv_lens, block_tables, blocks_per_seq=block_tables.shape[1], tiles=tiles, **bucket)
     return replace(metadata, plan=plan)

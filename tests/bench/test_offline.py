@@ -9,8 +9,9 @@ from jaxserve.bench.offline import config_for, run_in_core
 from jaxserve.bench.step import WARM_UP_STEPS, measure_step
 from jaxserve.bench.workload import LengthRange, Workload
 from jaxserve.config import load_config
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import ConfigError, RequestFailedError
 from jaxserve.runner.packing import Packing
+from jaxserve.runner.programs import Programs
 from tests.engine.fake_core import FAIL_ROW, FakeCore
 
 WORKLOAD = Workload(num_prompts=8, input_len=LengthRange(4, 12), output_len=LengthRange(4, 6))
@@ -54,7 +55,8 @@ def test_the_step_benchmark_times_all_of_a_step_but_the_model(monkeypatch):
 
     monkeypatch.setattr(Packing, "pack", counted("pack", Packing.pack))
     monkeypatch.setattr(Compiled, "__call__", counted("program", Compiled.__call__))
-    result = measure_step(num_running=16, num_steps=5, input_len=20).results[0]
+    monkeypatch.setattr(Programs, "write_blocks", counted("write_blocks", Programs.write_blocks))
+    result = measure_step(num_running=16, num_steps=5, input_len=20, max_model_len=4096).results[0]
 
     assert (result["requests"], result["steps"]) == (16, 5)
     parts = [result[f"{part}_ms_mean"] for part in ("schedule", "dispatch", "result")]
@@ -62,4 +64,10 @@ def test_the_step_benchmark_times_all_of_a_step_but_the_model(monkeypatch):
     assert sum(parts) == pytest.approx(result["step_ms_mean"])
     num_steps = calls["pack"] // 2
     assert num_steps >= WARM_UP_STEPS + 5
-    assert calls["program"] == 2 * num_steps + 16  # and a slot written for each request
+    assert calls["write_blocks"] >= 5, "some rows fill a block in each step"
+    assert calls["program"] == 2 * num_steps + calls["write_blocks"] + 16  # and a slot written for each request
+
+
+def test_the_step_benchmark_needs_a_context_that_its_requests_fit_in():
+    with pytest.raises(ConfigError, match="requests grow to 76 tokens; raise max_model_len, which is 64"):
+        measure_step(num_running=16, num_steps=5, input_len=20, max_model_len=64)

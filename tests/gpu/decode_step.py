@@ -24,7 +24,7 @@ from jaxserve.runner.programs import Programs
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import abstract_inputs
 from pallas_kernels.benchmark import copy_rate, time_calls
-from pallas_kernels.paged_attention import build_metadata
+from pallas_kernels.paged_attention import build_without_tables
 from tests.gpu.sizes import Sizes
 
 _AT_ONCE = 16  # steps under way: the engine's host is one step ahead of the device, so launches hide as they do here
@@ -116,7 +116,7 @@ class DecodeSteps:
         """Milliseconds of a step; every sequence has the whole context, and each step writes its last position anew."""
         programs, params = compiled.result(), self._params
         head = {name: params[name] for name in self.graph.head_names()}
-        packed, sample_packed = map(jnp.asarray, self._packed(batch))
+        packed, sample_packed, tables = map(jnp.asarray, self._packed(batch))
         inputs = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
             abstract_inputs(batch, "greedy", vocab_size=self.graph.config.vocab_size),
@@ -124,7 +124,7 @@ class DecodeSteps:
         state = {"caches": self._caches, "tokens": jnp.zeros(self.shapes.tokens_shape, jnp.int32)}
 
         def step() -> jax.Array:
-            _, rows, _, state["caches"] = programs.forward(params, state["caches"], state["tokens"], packed)
+            _, rows, _, state["caches"] = programs.forward(params, state["caches"], state["tokens"], tables, packed)
             state["tokens"], sampled = programs.sample(head, rows, state["tokens"], sample_packed, inputs)
             return sampled.token_ids
 
@@ -143,14 +143,14 @@ class DecodeSteps:
             "tokens_per_s": batch / timing.median_s,
         }
 
-    def _packed(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """What the two programs are told of the batch: each i32[1, size], as there is one data shard."""
+    def _packed(self, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What the two programs are told of the batch, each i32[1, size], as there is one data shard; block tables."""
         position = self.sizes.context - 1
         tables = 1 + np.arange(batch * self.blocks_per_seq, dtype=np.int32).reshape(batch, -1)
         slots = 1 + np.arange(batch, dtype=np.int32)
         positions = np.full(batch, position, np.int32)
         block_size = self.sizes.block_size
-        metadata = build_metadata(
+        metadata = build_without_tables(
             [1] * batch,
             [self.sizes.context] * batch,
             tables,
@@ -158,17 +158,22 @@ class DecodeSteps:
             implementation=self.backend.implementation,
             num_tokens=batch,
             num_rows=batch,
+            blocks_per_seq=self.blocks_per_seq,
         )
         forward = ForwardBatch(
             token_slots=slots,
             positions=positions,
             kv_slots=tables[:, position // block_size] * block_size + position % block_size,
+            row_slots=slots,
             sample_tokens=slots - 1,
             metadata=metadata,
         )
         empty = empty_batch(Bucket(batch, batch), self.backend, blocks_per_seq=self.blocks_per_seq)
         sample = SampleBatch(slots, positions)
-        return Packing(ForwardBatch.from_host(empty)).pack(forward)[None], Packing(sample).pack(sample)[None]
+        packed = Packing(ForwardBatch.from_host(empty)).pack(forward)[None], Packing(sample).pack(sample)[None]
+        by_slot = np.zeros(self.shapes.tables_shape, np.int32)
+        by_slot[slots] = tables
+        return *packed, by_slot
 
     @cached_property
     def _params(self) -> Params:

@@ -150,10 +150,11 @@ def test_decode_and_prefill_rows_share_a_step():
 def test_a_plan_has_the_shapes_that_were_announced():
     geometry = dataclasses.replace(BY_NAME["verified_tokens"].geometry, sliding_windows=(None, 100))
     for query_lens, has_prefill in (([1, 1], False), ([1, 30, 2], True)):
-        bucket = {"geometry": geometry, "num_tokens": 40, "num_rows": 4, "has_prefill": has_prefill}
+        bucket = {"geometry": geometry, "num_tokens": 40, "num_rows": 4, "blocks_per_seq": 8}
+        bucket |= {"has_prefill": has_prefill}
         tables = np.ones((len(query_lens), 8), np.int32)
         plan = build_plan(np.asarray(query_lens), np.asarray([90] * len(query_lens)), tables, **bucket)
-        announced = plan_shapes(**bucket, blocks_per_seq=8)
+        announced = plan_shapes(**bucket)
         assert jax.tree.structure(plan) == jax.tree.structure(announced)
         for leaf, shape in zip(jax.tree.leaves(plan), jax.tree.leaves(announced), strict=True):
             assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)

@@ -31,6 +31,7 @@ def make_plan(rows, *, has_prefill=True, num_tokens=NUM_TOKENS):
         geometry=GEOMETRY,
         num_tokens=num_tokens,
         num_rows=NUM_ROWS,
+        blocks_per_seq=BLOCKS_PER_SEQ,
         has_prefill=has_prefill,
     )
 

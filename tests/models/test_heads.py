@@ -12,7 +12,6 @@ import torch
 
 from jaxserve.config import ModelSettings
 from jaxserve.config_speculative import Method, SpeculativeConfig
-from jaxserve.layers.attention import AttentionInputs
 from jaxserve.models.head import DraftHead
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder
@@ -21,6 +20,7 @@ from jaxserve.runner.head_loading import open_head
 from jaxserve.runner.loading import load_weights, open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.slot_table import SlotTable
+from jaxserve.runner.step import ForwardBatch
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan
 from tests.checkpoints import save_random_llama
@@ -73,7 +73,7 @@ def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarr
     )
     slots.apply(plan)
     batch = BatchBuilder(Buckets((64,), (2,)), slots, backend).build(plan).batches[0]
-    inputs = AttentionInputs(metadata=batch.metadata, kv_slots=jnp.asarray(batch.kv_slots))
+    inputs = ForwardBatch.from_host(batch).attention_inputs(jnp.asarray(slots.block_tables))
     padding = 64 - count
 
     @jax.jit

@@ -88,7 +88,7 @@ def logits_of(folder: Path, token_ids: list[int]) -> np.ndarray:
 
     @jax.jit
     def step(params, caches, tokens, batch):
-        hidden, _, _, _ = forward(graph, params, caches, tokens, batch)
+        hidden, _, _, _ = forward(graph, params, caches, tokens, jnp.asarray(slots.block_tables), batch)
         return graph.bind(params).logits(hidden)
 
     return np.asarray(step(params, caches, tokens, ForwardBatch.from_host(batch)))[: len(token_ids)]

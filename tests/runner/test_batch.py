@@ -95,7 +95,8 @@ def test_each_draft_is_a_sample_and_so_is_the_token_before_it(builder: BatchBuil
 
 
 def test_appended_blocks_are_found(builder: BatchBuilder, slots: SlotTable) -> None:
-    slots.apply(StepPlan(step_id=1, new_blocks=[(3, [9]), (3, [4])]))
+    blocks = slots.apply(StepPlan(step_id=1, new_blocks=[(3, [9]), (1, []), (3, [4])]))
+    assert blocks.tolist() == [[3, 3], [1, 2], [9, 4]]
     batch = builder.build(plan_of((3, 8, 1, True))).batches[0]
     assert batch.kv_slots[0] == 4 * BLOCK
 
@@ -118,6 +119,14 @@ def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBui
     unpacked = packing.unpack(jnp.asarray(packed))
     np.testing.assert_array_equal(unpacked.positions, batch.positions)
     np.testing.assert_array_equal(unpacked.metadata.kv_lens, batch.metadata.kv_lens)
+
+
+def test_a_step_uploads_no_more_where_sequences_may_be_longer() -> None:
+    def size(blocks_per_seq: int) -> int:
+        padding = empty_batch(Bucket(8, 4), BACKEND, blocks_per_seq=blocks_per_seq)
+        return Packing(ForwardBatch.from_host(padding)).size
+
+    assert size(4096) == size(4)
 
 
 def test_each_data_shard_has_a_batch_of_its_own_rows_in_one_bucket() -> None:

@@ -81,15 +81,17 @@ def plan_shapes(
 def build_plan(
     query_lens: np.ndarray,  # i32[batch rows], >= 1
     kv_lens: np.ndarray,  # i32[batch rows]
-    block_tables: np.ndarray,  # i32[batch rows, blocks_per_seq]
+    block_tables: np.ndarray,
     *,
     geometry: AttentionGeometry,
     num_tokens: int,
     num_rows: int,
+    blocks_per_seq: int,
     has_prefill: bool,
     tiles: GpuTiles | None = None,  # by default GpuTiles.of(geometry)
 ) -> GpuPlan:
-    """The plan of a batch as numpy arrays of the bucket's shapes."""
+    """The plan of a batch as numpy arrays of the bucket's shapes; what the tables hold does not matter."""
+    del block_tables
     query_lens, kv_lens = np.asarray(query_lens, np.int32), np.asarray(kv_lens, np.int32)
     rows, prefill_plan = None, None
     if has_prefill:
@@ -98,7 +100,7 @@ def build_plan(
         prefill_plan = build_prefill_plan(
             query_lens, kv_lens, starts, geometry=geometry, num_tokens=num_tokens, num_rows=num_rows
         )
-    sizes = _sizes(geometry, num_tokens, num_rows, block_tables.shape[1], has_prefill)
+    sizes = _sizes(geometry, num_tokens, num_rows, blocks_per_seq, has_prefill)
     decode = build_decode_plan(query_lens, kv_lens, geometry=geometry, sizes=sizes, num_tokens=num_tokens, rows=rows)
     tiles = tiles or GpuTiles.of(geometry)
     return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows, tiles=tiles)

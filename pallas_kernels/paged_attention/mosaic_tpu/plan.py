@@ -74,11 +74,12 @@ def build_plan(
     geometry: AttentionGeometry,
     num_tokens: int,
     num_rows: int,
+    blocks_per_seq: int,
     has_prefill: bool,
     tiles: TpuTiles | None = None,  # by default TpuTiles.of(geometry)
 ) -> TpuPlan:
     """The plan of a batch that fits the bucket, as numpy arrays of the shapes that `plan_shapes` gives."""
-    del block_tables
+    del block_tables, blocks_per_seq
     sizes = tiles or TpuTiles.of(geometry)
     num_decodes, num_tiles = _lengths(sizes, num_tokens, num_rows)
     starts = np.cumsum(query_lens) - query_lens

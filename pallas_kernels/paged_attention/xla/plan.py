@@ -87,14 +87,16 @@ def plan_shapes(
 def build_plan(
     query_lens: np.ndarray,  # i32[batch rows]
     kv_lens: np.ndarray,  # i32[batch rows]
-    block_tables: np.ndarray,  # i32[batch rows, blocks_per_seq]
+    block_tables: np.ndarray,  # i32[batch rows, as many columns as the longest row fills, or more]
     *,
     geometry: AttentionGeometry,
     num_tokens: int,
     num_rows: int,
+    blocks_per_seq: int,
     has_prefill: bool,
 ) -> XlaPlan:
     """The plan of a batch that fits the bucket, as numpy arrays of the shapes that `plan_shapes` gives."""
+    del blocks_per_seq
     starts = np.zeros(len(query_lens) + 1, np.int32)
     np.cumsum(query_lens, out=starts[1:])
     decodes, tiles = plan_sizes(num_tokens=num_tokens, num_rows=num_rows, has_prefill=has_prefill)
