@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 from jax.stages import Compiled, Lowered
 
 from jaxserve.config import Config
@@ -15,6 +15,7 @@ from jaxserve.plan.devices import Devices
 from jaxserve.plan.hlo import collectives
 from jaxserve.plan.memory import Memory, plan_memory
 from jaxserve.plan.topologies import lowering_for, topology_mesh
+from jaxserve.runner.program_arguments import ProgramArguments, sizes_of
 from jaxserve.runner.programs import Programs
 
 Tell = Callable[[str], None]
@@ -25,7 +26,8 @@ class Confirmation:
     """Bytes of one device, as XLA's memory analysis counts them."""
 
     memory: Memory  # with the compiler's step_bytes, and the pool that leaves
-    argument_bytes: int  # of a decode step and the head: weights, pool, token table
+    weight_bytes: int  # of a decode step's and its sampler's arguments
+    pool_bytes: int  # of a decode step's results that lie in its arguments
     collectives: Mapping[str, Mapping[str, int]]  # program -> kind of collective -> how many
 
 
@@ -47,21 +49,23 @@ def confirm(config: Config, devices: Devices, planned: Memory, tell: Tell) -> Co
     shapes = deployment.shapes(num_blocks=planned.num_blocks, max_model_len=planned.max_model_len)
     memory = plan_memory(deployment, step_bytes=Programs(deployment.graph, shapes).step_bytes(compile_jobs))
 
-    programs = Programs(
-        deployment.graph, deployment.shapes(num_blocks=memory.num_blocks, max_model_len=memory.max_model_len)
-    )
+    shapes = deployment.shapes(num_blocks=memory.num_blocks, max_model_len=memory.max_model_len)
+    programs, given = Programs(deployment.graph, shapes), ProgramArguments(deployment.graph, shapes)
     bucket = deployment.buckets.pick(min(deployment.settings.max_num_seqs, deployment.buckets.token_sizes[-1]))
     decode = compile_one(f"a decode step of {bucket.num_tokens}", lambda: programs.lower_forward(bucket))
     sampler = compile_one(
         f"a sampler of {bucket.num_rows} rows", lambda: programs.lower_sample(bucket.num_rows, "random")
     )
-    sizes: Any = decode.memory_analysis()
-    head_bytes = 0
-    if not deployment.graph.config.tie_embeddings:  # the sampler's alone: the forward program does not take it
-        params = deployment.graph.abstract_params()
-        head_bytes = bytes_of_a_device(params[name] for name in deployment.graph.head_names())
-    argument_bytes = sizes.argument_size_in_bytes + head_bytes
-    needed = argument_bytes + sizes.temp_size_in_bytes
+    forward, sample = sizes_of(decode), sizes_of(sampler)
+    packed = given.split(1, given.forward_packings[bucket].size)
+    weight_bytes = forward.argument_size_in_bytes - forward.alias_size_in_bytes
+    weight_bytes -= bytes_of_a_device([given.tokens(), packed])
+    if not deployment.graph.config.tie_embeddings:  # the head is the sampler's alone: the forward program takes none
+        packed = given.split(1, given.sample_packings[bucket.num_rows].size)
+        inputs = jax.tree.leaves(given.sampling_inputs(bucket.num_rows, "random"))
+        weight_bytes += sample.argument_size_in_bytes - sample.alias_size_in_bytes
+        weight_bytes -= bytes_of_a_device([given.hidden(bucket.num_rows), packed, *inputs])
+    needed = weight_bytes + forward.alias_size_in_bytes + forward.temp_size_in_bytes
     if needed > memory.limit_bytes:
         raise ConfigError(
             f"a decode step takes {needed / 2**30:.1f} GiB as the compiler counts, the engine may have "
@@ -69,7 +73,8 @@ def confirm(config: Config, devices: Devices, planned: Memory, tell: Tell) -> Co
         )
     return Confirmation(
         memory=memory,
-        argument_bytes=argument_bytes,
+        weight_bytes=weight_bytes,
+        pool_bytes=forward.alias_size_in_bytes,
         collectives={
             "forward": collectives(decode.as_text() or ""),
             "sampler 'random'": collectives(sampler.as_text() or ""),

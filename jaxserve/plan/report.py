@@ -31,6 +31,7 @@ class Report:
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "num_idle_devices": self._num_idle,
+            "num_layers": self.deployment.graph.config.num_layers,
             "dtype": self.deployment.files.dtype.name,
             "attention": self.deployment.graph.backend.implementation,
             "memory": _memory_data(self.memory),
@@ -40,7 +41,8 @@ class Report:
         if self.confirmation is not None:
             data["compiled"] = {
                 "memory": _memory_data(self.confirmation.memory),
-                "decode_argument_bytes": self.confirmation.argument_bytes,
+                "weight_bytes": self.confirmation.weight_bytes,
+                "pool_bytes": self.confirmation.pool_bytes,
                 "collectives": self.confirmation.collectives,
             }
         return data
@@ -96,9 +98,9 @@ class Report:
         }
         if (confirmed := self.confirmation) is not None:
             facts |= {
-                "compiled: arguments": f"{_gib(confirmed.argument_bytes)} (weights, KV pool, token table)",
+                "compiled: weights": _gib(confirmed.weight_bytes),
+                "compiled: KV pool": f"{_gib(confirmed.pool_bytes)}, {confirmed.memory.num_blocks:,} blocks",
                 "compiled: activations": _gib(confirmed.memory.step_bytes),
-                "compiled: KV pool": f"{_gib(confirmed.memory.pool_bytes)} ({confirmed.memory.num_blocks:,} blocks)",
                 "compiled: collectives": "; ".join(
                     f"{name}: {', '.join(f'{count} {kind}' for kind, count in found.items()) or 'none'}"
                     for name, found in confirmed.collectives.items()

@@ -12,7 +12,7 @@ from jaxserve.plan.deployment import SAMPLER_COLLECTIVES, Deployment
 from jaxserve.plan.devices import Devices
 from jaxserve.plan.memory import activation_bytes, plan_memory, sampler_bytes
 from jaxserve.plan.roofline import decode_rate, prefill_rate
-from tests.compile_check import report, steps
+from tests.compile_check import plans, report, steps
 from tests.sampling.test_split_vocabulary import EXPECTED
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"
@@ -59,6 +59,24 @@ def test_weights_and_pool_are_what_the_compilers_count(entry: dict):
     head_bytes = sampler["argument_bytes"] - sampler["alias_bytes"]  # the forward program has no use for it
     counted = entry["argument_bytes"] - entry["alias_bytes"] - table_bytes + head_bytes
     assert deployment.weight_bytes() == pytest.approx(counted, rel=0.05)
+
+
+@pytest.mark.parametrize("compiled", plans.recorded(), ids=lambda one: f"{one.launch_file} on {one.devices}")
+def test_plans_of_whole_models_are_what_the_compilers_count(compiled: plans.Comparison):
+    deployment = Deployment.of(load_config(compiled.launch_file), Devices.parse(compiled.devices))
+    planned = plan_memory(deployment)
+    assert deployment.graph.config.num_layers == compiled.layers
+    assert planned.weight_bytes == pytest.approx(compiled.compiled_weight_bytes, rel=plans.TOLERANCE)
+    assert planned.pool_bytes == pytest.approx(compiled.compiled_pool_bytes, rel=plans.TOLERANCE)
+    assert planned.step_bytes >= compiled.compiled_step_bytes, "the estimate must leave room for all that steps take"
+    assert deployment.num_collectives()["forward"] == compiled.compiled_num_collectives
+
+
+def test_every_launch_file_s_plan_is_on_record_and_on_the_page():
+    comparisons = plans.recorded()
+    assert {one.launch_file: one.devices for one in comparisons} == plans.LAUNCHES
+    assert {("h100:1", 32), ("h100:4", 80), ("h100:8", 80)} <= {(one.devices, one.layers) for one in comparisons}
+    assert plans.PAGE.read_text() == plans.page(comparisons)
 
 
 def test_the_record_has_an_8b_on_one_h100_and_a_70b_on_four_and_on_eight():
