@@ -31,6 +31,7 @@ class Report:
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "num_idle_devices": self._num_idle,
+            "drafts": self._drafts,
             "num_layers": self.deployment.graph.config.num_layers,
             "dtype": self.deployment.files.dtype.name,
             "attention": self.deployment.graph.backend.implementation,
@@ -72,6 +73,14 @@ class Report:
         console.print(rates)
 
     @property
+    def _drafts(self) -> str | None:
+        """What drafts, where it takes memory."""
+        speculative = self.deployment.config.speculative.speculative_config
+        if speculative is None or len(self.deployment.models) == 1:
+            return None
+        return " ".join(filter(None, (speculative.method, speculative.model)))
+
+    @property
     def _num_idle(self) -> int:
         return self.deployment.devices.count - self.deployment.graph.mesh.size
 
@@ -85,7 +94,9 @@ class Report:
 
     def _facts(self) -> Mapping[str, str]:
         memory, collectives = self.memory, self.deployment.num_collectives()
+        drafts = {"drafts": f"{self._drafts}: in all bytes, but not in collectives and rates"} if self._drafts else {}
         facts = {
+            **drafts,
             "dtype, attention": f"{self.deployment.files.dtype.name}, {self.deployment.graph.backend.implementation}",
             "a device may use": _gib(memory.limit_bytes),
             "weights a device": _gib(memory.weight_bytes),

@@ -110,6 +110,46 @@ def test_a_token_of_llama_8b_takes_128_kib_of_kv_over_all_devices(tensor: int, d
     assert spec.block_bytes // spec.block_size // spec.num_shards == kv_bytes
 
 
+EAGLE3_8B = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 128256,
+    "draft_vocab_size": 32000,
+}
+
+
+def test_a_draft_model_s_weights_and_blocks_count_as_well():
+    without = deployment_of(LLAMA_70B, "h100:4")
+    drafting = deployment_of(LLAMA_70B, "h100:4", speculative_config={"model": LLAMA_8B})
+    draft = deployment_of(LLAMA_8B, "h100:4")
+    assert drafting.weight_bytes() == without.weight_bytes() + draft.weight_bytes()
+    assert drafting.pool_bytes(100) == without.pool_bytes(100) + draft.pool_bytes(100)
+    assert drafting.spec.block_bytes == without.spec.block_bytes + draft.spec.block_bytes
+    memory, roomier = plan_memory(drafting), plan_memory(without)
+    assert memory.step_bytes > roomier.step_bytes
+    assert memory.num_blocks < roomier.num_blocks
+    used = memory.weight_bytes + memory.step_bytes + memory.pool_bytes
+    assert 0.94 * memory.limit_bytes < used <= memory.limit_bytes
+
+
+def test_a_draft_head_counts_without_the_embedding_that_it_shares(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EAGLE3_8B))
+    without = deployment_of(LLAMA_8B, "h100")
+    drafting = deployment_of(LLAMA_8B, "h100", speculative_config={"method": "eagle3", "model": str(tmp_path)})
+    attention, mlp, norms = 2 * 4096 * (32 + 8 + 8) * 128 + 4096 * 4096, 3 * 4096 * 14336, 4 * 4096
+    own = 2 * (3 * 4096 * 4096 + attention + mlp + norms + 32000 * 4096) + 4 * 128256
+    assert drafting.weight_bytes() - without.weight_bytes() == own
+    assert drafting.pool_bytes(100) - without.pool_bytes(100) == without.pool_bytes(100) // 32
+
+
 def test_requests_at_once_are_what_the_pool_holds_at_full_length():
     config = load_config("configs/llama-3.1-8b-h100.yaml")
     memory = plan_memory(Deployment.of(config, Devices.parse("h100")))
