@@ -91,8 +91,8 @@ async def test_load_brings_an_engine_and_its_end_takes_it_away_without_breaking_
     streams = [Stream() for _ in range(2 * TARGET + 1)]
     async with client_of(autoscaled) as client, AsyncExitStack() as leaving:
 
-        async def until(condition: Callable[[], object], what: str) -> None:
-            await asyncio.to_thread(wait_for, condition, 60, what)
+        async def until(condition: Callable[[], object], what: str) -> Any:
+            return await asyncio.to_thread(wait_for, condition, 60, what)
 
         def ask(number: int) -> asyncio.Task[None]:
             task = asyncio.ensure_future(streams[number].run(client, f"{number}{prompt}", num_tokens))
@@ -102,10 +102,9 @@ async def test_load_brings_an_engine_and_its_end_takes_it_away_without_breaking_
         def begun() -> set[int]:
             return {number for number, stream in enumerate(streams) if stream.text}
 
+        (first,) = samples(autoscaled, "jaxserve:num_requests_running")
         tasks = [ask(number) for number in range(2 * TARGET)]
-        await until(lambda: len(begun()) == TARGET, "what one engine takes")
-        on_first = begun()
-        ((first, _),) = taken(autoscaled).items()
+        on_first = await until(lambda: len(found := begun()) == TARGET and found, "what one engine takes")
         await until(lambda: len(begun()) == 2 * TARGET, "a second engine, and its answers to those that waited")
         await until(lambda: detail(autoscaled) == "engines: 2 running", "the news of it")
         assert list(taken(autoscaled).values()) == [TARGET, TARGET]
