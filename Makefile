@@ -33,7 +33,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-$(CUDA))
 OP ?= paged_decode
 
-.PHONY: install serve test test-matrix lint types check fix bench clean compile-check gpu-check autotune
+.PHONY: install serve test test-matrix lint types check fix bench clean compile-check plan-check gpu-check autotune
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -103,6 +103,11 @@ compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
 		.venv-compile-$$version/bin/python -m tests.compile_check --must-fail || failed="$$failed $$version"; \
 		.venv-compile-$$version/bin/python -m tests.compile_check $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "compile-check failed with JAX$$failed"; exit 1; }
+
+# Holds `jaxserve plan` of the launch files in configs/ to what the devices' compilers count, whole models: four minutes.
+PLAN_JAX ?= $(if $(PYTHON312),0.11.2,0.10.2)
+plan-check: .venv-compile-$(PLAN_JAX)/.installed
+	.venv-compile-$(PLAN_JAX)/bin/python -m tests.compile_check.plans
 
 $(VENV)/.installed-$(CUDA): $(VENV)/.installed
 	$(PIP) --editable '.[$(CUDA)]'

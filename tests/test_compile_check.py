@@ -5,10 +5,10 @@ import doctest
 import pytest
 
 from jaxserve.plan import hlo
-from tests.compile_check import inspection, report, targets
+from tests.compile_check import inspection, plans, report, targets
 
 
-@pytest.mark.parametrize("module", [hlo, inspection, report, targets], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [hlo, inspection, plans, report, targets], ids=lambda module: module.__name__)
 def test_the_examples_hold(module):
     results = doctest.testmod(module)
     assert results.attempted and not results.failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from ray import serve
@@ -9,6 +10,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.deployment import Application
 
 from jaxserve.config import Config, load_config
+from jaxserve.config_deploy import DeploySettings
 from jaxserve.deploy.api_server import API_SERVERS, ENGINES, ApiServer
 from jaxserve.deploy.replica import EngineReplica
 from jaxserve.deploy.request_router import PrefixCacheRouter
@@ -18,6 +20,9 @@ from jaxserve.engine.process import DEFAULT_CORE
 APP_NAME = "jaxserve"
 _STOP_GRACE_S = 10.0  # for an engine to end after its last request
 _QUIET_WAIT_S = 0.5  # between looks at whether a replica that is to stop has become idle
+# Autoscaling compares with the target a mean over so long, told so often. Serve's own 30 s and 10 s come on top of the
+# delays, which alone should say for how long load has to be high or low.
+_LOAD_WINDOW_S, _LOAD_NEWS_S = 2.0, 1.0
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -42,16 +47,7 @@ def make_application(config: Config, *, core: str = DEFAULT_CORE) -> Application
     }
     count: dict[str, Any] = {"num_replicas": deploy.first_replicas}
     if deploy.max_replicas is not None:
-        count = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=deploy.fewest_replicas,
-                initial_replicas=deploy.first_replicas,
-                max_replicas=deploy.max_replicas,
-                target_ongoing_requests=deploy.ongoing_target(max_num_seqs),
-                upscale_delay_s=deploy.upscale_delay_s,
-                downscale_delay_s=deploy.downscale_delay_s,
-            )
-        }
+        count = {"autoscaling_config": _autoscaling(deploy, deploy.max_replicas, max_num_seqs)}
     engines = serve.deployment(
         name=ENGINES,
         ray_actor_options=replica_resources(config).as_actor_options(),
@@ -72,6 +68,22 @@ def make_application(config: Config, *, core: str = DEFAULT_CORE) -> Application
         **stop,
     )(serve.ingress()(ApiServer))
     return api_servers.bind(engines.bind(without_keys, core), without_keys, list(config.server.api_key))
+
+
+def _autoscaling(deploy: DeploySettings, max_replicas: int, max_num_seqs: int | None) -> AutoscalingConfig:
+    with warnings.catch_warnings():
+        # metrics_interval_s shall give way to environment variables, which Ray 2.60 does not read yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=deploy.fewest_replicas,
+            initial_replicas=deploy.first_replicas,
+            max_replicas=max_replicas,
+            target_ongoing_requests=deploy.ongoing_target(max_num_seqs),
+            upscale_delay_s=deploy.upscale_delay_s,
+            downscale_delay_s=deploy.downscale_delay_s,
+            look_back_period_s=_LOAD_WINDOW_S,
+            metrics_interval_s=_LOAD_NEWS_S,
+        )
 
 
 def _all_requests(config: Config) -> int:

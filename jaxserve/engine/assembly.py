@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -60,6 +60,11 @@ class ModelParts:
     graph: ModelGraph
     only_draws: bool = False  # it drafts: nobody asks it for more
 
+    def own_params(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and sharding of what is loaded for it."""
+        params = self.graph.abstract_params()
+        return {rule.param: params[rule.param] for rule in self.graph.weight_rules()}
+
     def programs(self, shapes: ProgramShapes) -> Programs | HeadPrograms:
         """What is to be compiled for it."""
         shapes = replace(shapes, kv_spec=self.graph.kv_cache_spec())
@@ -70,12 +75,15 @@ class ModelParts:
         return LoadedModel(graph=self.graph, params=params, programs=programs, caches=caches)
 
 
+def cache_spec(models: Sequence[ModelParts]) -> KVCacheSpec:
+    """The cache of the model that answers, the first, which counts the others' bytes: pools have the same blocks."""
+    first, *others = (model.graph.kv_cache_spec() for model in models)
+    return replace(first, beside_bytes=sum(other.block_bytes for other in others))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assembly:
-    """Brings weights, pools and programs together: of the model, and of what drafts for it, if there is such.
-
-    Their pools have the same blocks, so a block takes the bytes of both.
-    """
+    """Brings weights, pools and programs together: of the model, and of what drafts for it, if there is such."""
 
     config: Config
     mesh: Mesh
@@ -88,9 +96,8 @@ class Assembly:
 
     @property
     def spec(self) -> KVCacheSpec:
-        """The cache of the model that answers, which counts the others' bytes."""
-        first, *others = (model.graph.kv_cache_spec() for model in self.models)
-        return replace(first, beside_bytes=sum(other.block_bytes for other in others))
+        """See `cache_spec`."""
+        return cache_spec(self.models)
 
     def assemble(self) -> tuple[list[Loaded], ProgramShapes]:
         """Side by side where the pool's size is known beforehand, else one after the other."""

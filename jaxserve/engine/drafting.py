@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,16 +47,44 @@ def make_drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Dra
 
 
 def open_models(
-    config: Config, files: ModelFiles, backend: AttentionBackend, *, max_model_len: int
+    config: Config,
+    files: ModelFiles,
+    backend: AttentionBackend,
+    *,
+    max_model_len: int,
+    open_draft: Callable[[ModelSettings], ModelFiles] = open_model,
 ) -> tuple[ModelParts, ...]:
-    """The model, and what drafts for it where the config names such; `ConfigError` where that does not fit it."""
+    """The model, and what drafts for it where the config names such; `ConfigError` where that does not fit it.
+
+    `open_draft` finds a smaller model.
+    """
     speculative = config.speculative.speculative_config
     if speculative is not None and speculative.method in HEAD_METHODS:
         return _with_head(config, speculative, files, backend, max_model_len)
     model = ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend))
-    if speculative is None or speculative.model is None:
+    draft = _draft_settings(config)
+    if speculative is None or draft is None:
         return (model,)
-    return model, _draft_model(config, speculative, speculative.model, model, max_model_len)
+    length = min(max_model_len, speculative.max_model_len or max_model_len)
+    return model, _draft_model(config, open_draft(draft), draft.model, model, length)
+
+
+def check_tokens(config: Config) -> None:
+    """A draft is token ids: raise `ConfigError` where they mean something else to a smaller model than to the model."""
+    draft, model = _draft_settings(config), config.model
+    if draft is None:
+        return
+    sources = [
+        resolve_source(settings.tokenizer or settings.model, revision=settings.revision, tokenizer_only=True)
+        for settings in (draft, model)
+    ]
+    difference = first_difference(*sources)
+    if difference is not None:
+        raise ConfigError(
+            f"draft model {draft.model!r} has another vocabulary than the model: token {difference.token_id} is "
+            f"{difference.token!r} to it and {difference.other!r} to the model; a draft model must share the model's "
+            "tokenizer"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,19 +117,22 @@ def _with_head(
     return model, parts
 
 
-def _draft_model(
-    config: Config, speculative: SpeculativeConfig, name: str, target: ModelParts, max_model_len: int
-) -> ModelParts:
-    settings = ModelSettings(
-        model=name,
+def _draft_settings(config: Config) -> ModelSettings | None:
+    """The smaller model that drafts, if one does."""
+    speculative = config.speculative.speculative_config
+    if speculative is None or speculative.model is None or speculative.method in HEAD_METHODS:
+        return None
+    return ModelSettings(
+        model=speculative.model,
         revision=speculative.revision,
         dtype=config.model.dtype,
         load_format="dummy" if config.model.load_format == "dummy" else "auto",
         seed=config.model.seed,
     )
-    files = open_model(settings)
-    _check_fits(name, files, target.files, min(max_model_len, speculative.max_model_len or max_model_len))
-    _check_tokens(config.model, settings)
+
+
+def _draft_model(config: Config, files: ModelFiles, name: str, target: ModelParts, max_model_len: int) -> ModelParts:
+    _check_fits(name, files, target.files, max_model_len)
     backend = _backend(config, "draft model", name, files, target.graph)
     return ModelParts(files, ModelGraph(files.decoder, dtype=files.dtype, backend=backend), only_draws=True)
 
@@ -138,19 +170,4 @@ def _check_fits(name: str, draft: ModelFiles, target: ModelFiles, max_model_len:
         raise ConfigError(
             f"draft model {name!r} takes {draft.decoder.max_position_embeddings} tokens, max_model_len is "
             f"{max_model_len}; set max_model_len to what both take, or speculative_config's own to what the draft takes"
-        )
-
-
-def _check_tokens(model: ModelSettings, draft: ModelSettings) -> None:
-    """A draft is token ids: they must mean the same to both."""
-    sources = [
-        resolve_source(settings.tokenizer or settings.model, revision=settings.revision, tokenizer_only=True)
-        for settings in (draft, model)
-    ]
-    difference = first_difference(*sources)
-    if difference is not None:
-        raise ConfigError(
-            f"draft model {draft.model!r} has another vocabulary than the model: token {difference.token_id} is "
-            f"{difference.token!r} to it and {difference.other!r} to the model; a draft model must share the model's "
-            "tokenizer"
         )

@@ -18,7 +18,7 @@ from jaxserve.config import Config
 from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
-from jaxserve.engine.drafting import make_drafter, max_num_drafts, open_models
+from jaxserve.engine.drafting import check_tokens, make_drafter, max_num_drafts, open_models
 from jaxserve.engine.hosts.plans import Hosts, LeadingHosts, LeadingRunner, require_same, smallest
 from jaxserve.errors import ConfigError
 from jaxserve.layers.numerics import Numerics
@@ -78,6 +78,7 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
         require_same(hosts, "the kind of device", jax.local_devices()[0].device_kind, hint="a group needs one kind")
         require_same(hosts, "the attention backend", backend.implementation, hint=SAME_BACKEND)
         models = open_models(config, files, backend, max_model_len=settings.max_model_len)
+        check_tokens(config)
     assembly = Assembly(
         config=config,
         mesh=mesh,

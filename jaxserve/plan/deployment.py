@@ -11,7 +11,9 @@ import jax
 
 from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.config import Config
+from jaxserve.engine.assembly import ModelParts, cache_spec
 from jaxserve.engine.device import DeviceDefaults
+from jaxserve.engine.drafting import open_models
 from jaxserve.engine.startup import scheduler_settings, step_buckets
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import AnyMesh
@@ -32,8 +34,7 @@ class Deployment:
 
     config: Config
     devices: Devices
-    files: ModelFiles
-    graph: ModelGraph
+    models: tuple[ModelParts, ...]  # the one that answers, and what drafts for it
     settings: SchedulerSettings
     buckets: Buckets
 
@@ -44,12 +45,6 @@ class Deployment:
         asked = _PLATFORM_OF_DEVICE.get(config.runtime.device, platform)
         if asked != platform:
             raise ConfigError(f"the config's device is {config.runtime.device!r}, --devices {devices} is a {platform}")
-        speculative = config.speculative.speculative_config
-        if speculative is not None and speculative.method != "ngram":
-            raise ConfigError(
-                f"a plan does not count what drafts ({speculative.model or speculative.method!r}); plan without "
-                'speculative_config, or with the method "ngram"'
-            )
         parallel = config.parallel
         mesh = mesh or devices.abstract_mesh(tensor=parallel.tensor_parallel_size, data=parallel.data_parallel_size)
         files = planned_model(config.model, platform)
@@ -61,21 +56,36 @@ class Deployment:
             mesh=mesh,
             asked=None if config.runtime.attention_backend == "auto" else config.runtime.attention_backend,
         )
-        graph = ModelGraph(files.decoder, dtype=files.dtype, backend=backend)
         settings = scheduler_settings(config, files, defaults)
+        models = open_models(
+            config.with_values(load_format="dummy"),  # config.json alone is read of a head
+            files,
+            backend,
+            max_model_len=settings.max_model_len,
+            open_draft=lambda draft: planned_model(draft, platform),
+        )
         return cls(
             config=config,
             devices=devices,
-            files=files,
-            graph=graph,
+            models=models,
             settings=settings,
-            buckets=step_buckets(config, settings, graph.numerics),
+            buckets=step_buckets(config, settings, models[0].graph.numerics),
         )
 
     @property
+    def files(self) -> ModelFiles:
+        """What is known of the model that answers."""
+        return self.models[0].files
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The model that answers."""
+        return self.models[0].graph
+
+    @property
     def spec(self) -> KVCacheSpec:
-        """The KV cache."""
-        return self.graph.kv_cache_spec()
+        """The KV cache; a block counts the bytes of what drafts, too."""
+        return cache_spec(self.models)
 
     @property
     def num_data_shards(self) -> int:
@@ -95,14 +105,16 @@ class Deployment:
 
     def weight_bytes(self) -> int:
         """Of all parameters, on one device."""
-        return bytes_of_a_device(self.graph.abstract_params().values())
+        return sum(bytes_of_a_device(model.own_params().values()) for model in self.models)
 
     def pool_bytes(self, num_blocks: int) -> int:
         """Of all layers' K and V pools, on one device."""
-        return bytes_of_a_device(jax.tree.leaves(self.spec.abstract(num_blocks, self.graph.mesh)))
+        specs = (model.graph.kv_cache_spec() for model in self.models)
+        return sum(bytes_of_a_device(jax.tree.leaves(spec.abstract(num_blocks, self.graph.mesh))) for spec in specs)
 
     def num_collectives(self) -> Mapping[str, Any]:
-        """Times that devices exchange data: in the model's part of a step, and in the sampler's, by variant.
+        """Times that devices exchange data: in the model's part of a step, and in the sampler's, by variant. What
+        drafts comes on top.
 
         One sum for the embedding and two a layer. tests/parallel holds these numbers against compiled programs.
         """

@@ -102,10 +102,15 @@ def sampler_bytes(model: DecoderConfig, num_rows: int, max_model_len: int) -> in
 
 
 def estimate_step_bytes(deployment: Deployment) -> int:
-    """`Programs.step_bytes` without a compiler: the larger of model and sampler once, what a step holds twice."""
-    model, bucket = deployment.graph.config, deployment.buckets.all()[0]
-    itemsize = deployment.files.dtype.itemsize
-    hidden = (bucket.num_tokens + bucket.num_rows) * model.hidden_size * itemsize
+    """What steps take without a compiler's count: see `Programs.step_bytes`, of the model and of what drafts."""
+    return sum(_step_bytes(deployment, model.graph.config) for model in deployment.models)
+
+
+def _step_bytes(deployment: Deployment, model: DecoderConfig) -> int:
+    """The larger of model and sampler once, what a step holds twice."""
+    bucket, itemsize = deployment.buckets.all()[0], deployment.files.dtype.itemsize
+    states = bucket.num_tokens * (1 + len(model.feature_layers)) + bucket.num_rows
+    hidden = states * model.hidden_size * itemsize
     max_model_len, block_size = deployment.settings.max_model_len, deployment.graph.backend.geometry.block_size
     tables = (deployment.settings.max_num_seqs + 1) * (max_model_len + -(-max_model_len // block_size)) * 4
     rules = bucket.num_rows * model.vocab_size // 8

@@ -31,6 +31,8 @@ class Report:
             "tensor_parallel_size": parallel.tensor_parallel_size,
             "data_parallel_size": parallel.data_parallel_size,
             "num_idle_devices": self._num_idle,
+            "drafts": self._drafts,
+            "num_layers": self.deployment.graph.config.num_layers,
             "dtype": self.deployment.files.dtype.name,
             "attention": self.deployment.graph.backend.implementation,
             "memory": _memory_data(self.memory),
@@ -40,7 +42,8 @@ class Report:
         if self.confirmation is not None:
             data["compiled"] = {
                 "memory": _memory_data(self.confirmation.memory),
-                "decode_argument_bytes": self.confirmation.argument_bytes,
+                "weight_bytes": self.confirmation.weight_bytes,
+                "pool_bytes": self.confirmation.pool_bytes,
                 "collectives": self.confirmation.collectives,
             }
         return data
@@ -70,6 +73,14 @@ class Report:
         console.print(rates)
 
     @property
+    def _drafts(self) -> str | None:
+        """What drafts, where it takes memory."""
+        speculative = self.deployment.config.speculative.speculative_config
+        if speculative is None or len(self.deployment.models) == 1:
+            return None
+        return " ".join(filter(None, (speculative.method, speculative.model)))
+
+    @property
     def _num_idle(self) -> int:
         return self.deployment.devices.count - self.deployment.graph.mesh.size
 
@@ -83,7 +94,9 @@ class Report:
 
     def _facts(self) -> Mapping[str, str]:
         memory, collectives = self.memory, self.deployment.num_collectives()
+        drafts = {"drafts": f"{self._drafts}: in all bytes, but not in collectives and rates"} if self._drafts else {}
         facts = {
+            **drafts,
             "dtype, attention": f"{self.deployment.files.dtype.name}, {self.deployment.graph.backend.implementation}",
             "a device may use": _gib(memory.limit_bytes),
             "weights a device": _gib(memory.weight_bytes),
@@ -96,9 +109,9 @@ class Report:
         }
         if (confirmed := self.confirmation) is not None:
             facts |= {
-                "compiled: arguments": f"{_gib(confirmed.argument_bytes)} (weights, KV pool, token table)",
+                "compiled: weights": _gib(confirmed.weight_bytes),
+                "compiled: KV pool": f"{_gib(confirmed.pool_bytes)}, {confirmed.memory.num_blocks:,} blocks",
                 "compiled: activations": _gib(confirmed.memory.step_bytes),
-                "compiled: KV pool": f"{_gib(confirmed.memory.pool_bytes)} ({confirmed.memory.num_blocks:,} blocks)",
                 "compiled: collectives": "; ".join(
                     f"{name}: {', '.join(f'{count} {kind}' for kind, count in found.items()) or 'none'}"
                     for name, found in confirmed.collectives.items()

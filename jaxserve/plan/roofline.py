@@ -71,9 +71,10 @@ class _Work:
     def of(cls, deployment: Deployment, *, num_tokens: int, num_rows: int, num_scores: int, num_read: int) -> _Work:
         """`num_tokens` pass the layers, `num_rows` the head; `num_scores` pairs of a query and a key are weighed, and
         `num_read` cached tokens read."""
-        model, spec, params = deployment.graph.config, deployment.spec, deployment.graph.abstract_params()
+        graph = deployment.graph
+        model, spec, params = graph.config, graph.kv_cache_spec(), graph.abstract_params()
         shards, itemsize = model.num_shards, deployment.files.dtype.itemsize
-        head = {name: params.pop(name) for name in deployment.graph.head_names()}
+        head = {name: params.pop(name) for name in graph.head_names()}
         layers = {name: value for name, value in params.items() if not name.startswith("embedding.")}
         weights = (sum(elements_of_a_device(v) for v in part.values() if len(v.shape) > 1) for part in (layers, head))
         in_layers, in_head = weights

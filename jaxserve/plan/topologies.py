@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -37,10 +39,12 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 _TPU_SHAPES = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 
 COMPILED_KINDS = ("h100", "v5e", "v6e")
+_DEVICES_OF_A_HOST = 8  # at most: of H100s with NVLink between them, of v5e and v6e chips in a slice of eight
 
 
 def topology_mesh(kind: str, *, tensor: int, data: int = 1) -> Mesh:
-    """A mesh of devices of one of `COMPILED_KINDS`; `ConfigError` where their compiler is not installed."""
+    """A mesh of devices of one of `COMPILED_KINDS`, up to eight of them of one host; `ConfigError` where their compiler
+    is not installed."""
     count = tensor * data
     if kind not in COMPILED_KINDS or count > max(_TPU_SHAPES):
         raise ConfigError(
@@ -49,10 +53,13 @@ def topology_mesh(kind: str, *, tensor: int, data: int = 1) -> Mesh:
         )
     is_gpu = kind in _TARGET_CONFIGS
     if is_gpu:
-        options = {"target_config": _TARGET_CONFIGS[kind], "topology": f"1x{count}x1"}
+        of_a_host = count if count <= _DEVICES_OF_A_HOST else math.gcd(count, _DEVICES_OF_A_HOST)
+        options = {"target_config": _TARGET_CONFIGS[kind], "topology": f"1x{count // of_a_host}x{of_a_host}"}
     else:
-        shape = next(shape for chips, shape in _TPU_SHAPES.items() if chips >= count)
-        options = {"topology_name": f"{kind}:{shape}"}
+        chips, shape = next((chips, shape) for chips, shape in _TPU_SHAPES.items() if chips >= count)
+        options: dict[str, Any] = {"topology_name": f"{kind}:{shape}"}
+        if chips <= _DEVICES_OF_A_HOST:
+            options["chips_per_host_bounds"] = [*map(int, shape.split("x")), 1]
     try:
         topology = topologies.get_topology_desc(platform="cuda" if is_gpu else "tpu", **options)
     except (RuntimeError, ValueError, NotImplementedError) as error:

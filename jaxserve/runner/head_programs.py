@@ -98,7 +98,7 @@ class HeadPrograms:
         jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
         buckets = self._shapes.buckets
         for bucket in buckets.all():
-            jobs["follow", bucket] = partial(self.lower_follow, bucket)
+            jobs["follow", bucket] = partial(self.lower_forward, bucket)
         if self._can_advance:
             most = buckets.pick(min(self._shapes.max_num_seqs, buckets.token_sizes[-1]))
             for bucket in buckets.all():
@@ -106,7 +106,7 @@ class HeadPrograms:
                     jobs["advance", bucket] = partial(self.lower_advance, bucket)
         for rows in buckets.row_sizes:
             for variant in VARIANTS:
-                jobs["draw", rows, variant] = partial(self.lower_draw, rows, variant)
+                jobs["draw", rows, variant] = partial(self.lower_sample, rows, variant)
         self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
@@ -114,8 +114,8 @@ class HeadPrograms:
         bucket = self._shapes.buckets.all()[0]
         compiled = compile_jobs(
             {
-                "follow": partial(self.lower_follow, bucket),
-                "draw": partial(self.lower_draw, bucket.num_rows, "full"),
+                "follow": partial(self.lower_forward, bucket),
+                "draw": partial(self.lower_sample, bucket.num_rows, "full"),
             }
         )
         sizes = {name: sizes_of(program) for name, program in compiled.items()}
@@ -123,7 +123,7 @@ class HeadPrograms:
         held += sum(size.output_size_in_bytes - size.alias_size_in_bytes for size in sizes.values())
         return max(size.temp_size_in_bytes for size in sizes.values()) + 2 * held
 
-    def lower_follow(self, bucket: Bucket) -> Lowered:
+    def lower_forward(self, bucket: Bucket) -> Lowered:
         """Trace and lower the head's pass behind the model's, for one bucket."""
         config: Any = self._graph.config
         packing = self._arguments.forward_packings[bucket]
@@ -169,7 +169,7 @@ class HeadPrograms:
         params = self._graph.abstract_params()
         return jitted.lower(params, caches, self._states, given.tokens(), tables, packed, *more)
 
-    def lower_draw(self, rows: int, variant: Variant) -> Lowered:
+    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head's logits and the sampler for one number of rows."""
         given = self._arguments
         packing = given.sample_packings[rows]

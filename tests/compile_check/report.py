@@ -38,7 +38,7 @@ _NOTES = """\
   most of each, as ptxas says. Kernels that share their registers out anew among warpgroups show what they start with.
 * `h100-4` are four devices that share each layer, `h100-2x2` two data shards of two.
 * Compile times are those of CPU cores that had other work beside: two programs at once, each in its own process.
-  The 94 programs of 0.12.0.1 took six minutes in all on two such cores, and the three versions take some twenty.
+  The three versions take some twenty minutes in all on two such cores.
 """
 
 _ROOFLINE = """## TPU: the compiler's figures beside the roofline

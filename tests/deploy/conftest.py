@@ -51,14 +51,14 @@ class RayCluster:
 
 @pytest.fixture(scope="package")
 def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    """A head without CPUs and three nodes with one each, so that each engine has a node to itself."""
+    """A head without CPUs, and a node with one for each engine, so that no engine is on the head."""
     pytest.importorskip("ray.serve", reason="needs the extra 'ray'", exc_type=ImportError)
     log = tmp_path_factory.mktemp("ray") / "log"
     with open(log, "w") as log_file, pytest.MonkeyPatch.context() as patch:
         for name, value in SETTINGS.items():
             patch.setenv(name, value)
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.deploy.ray_cluster", "1", "1", "1"],
+            [sys.executable, "-m", "tests.deploy.ray_cluster", str(NUM_REPLICAS)],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

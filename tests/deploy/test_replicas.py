@@ -66,7 +66,7 @@ OPTIONS: dict[str, Any] = {"model": "tiny", "temperature": 0.0, "extra_body": {"
 
 async def ask_until_all_have_answered(server: ServerProcess) -> dict[str, float]:
     """Return when the API server has heard of every replica, with the requests that it sent to each."""
-    async with httpx.AsyncClient(timeout=60) as client:
+    async with httpx.AsyncClient(timeout=60) as client, asyncio.timeout(60):
         while len(sent := samples(server, "jaxserve:replica_requests_total")) < NUM_REPLICAS:
             bodies = [{"prompt": f"warm-up {number}", "max_tokens": 2} for number in range(NUM_REPLICAS)]
             await asyncio.gather(*(client.post(f"{server.url}/v1/completions", json=body) for body in bodies))
@@ -187,8 +187,9 @@ async def test_a_killed_replica_loses_no_request(deployment, ray_cluster, engine
             asyncio.ensure_future(stream.run(client, text, 80)) for stream, text in zip(streams, prompts, strict=False)
         ]
         whole = await ask_many(client, prompts[24:], 80)
-        while sum(bool(stream.text) for stream in streams) < 18:
-            await asyncio.sleep(0.01)
+        async with asyncio.timeout(60):
+            while sum(bool(stream.text) for stream in streams) < 18:
+                await asyncio.sleep(0.01)
         kill_one(ray_cluster.processes(ENGINE_TITLE))
         await asyncio.gather(*streaming)
         assert await asyncio.gather(*whole) == texts[24:]  # nothing of them was sent yet: another engine answers

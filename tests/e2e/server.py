@@ -54,13 +54,19 @@ class ServerProcess:
     """A running server; `url` is known once it serves. Use `with`: its end kills what is left."""
 
     def __init__(
-        self, log: Path, *arguments: str, subcommand: str = "serve", env: Mapping[str, str] | None = None
+        self,
+        log: Path,
+        *arguments: str,
+        subcommand: str = "serve",
+        env: Mapping[str, str] | None = None,
+        run: list[str] | None = None,
     ) -> None:
+        """`run`: a command line of its own, for all of the above but `env`."""
         self.log = log
         self.url = ""
         with open(log, "w") as log_file:
             self.process = subprocess.Popen(
-                command(subcommand, *arguments, "--port", "0"),
+                run or command(subcommand, *arguments, "--port", "0"),
                 cwd=ROOT,
                 env=environment() | (env or {}),
                 stdin=subprocess.DEVNULL,

@@ -24,6 +24,7 @@ from jaxserve.request import EngineRequest
 VOCAB_SIZE = 300
 MAX_MODEL_LEN = 2048
 CRASH, KILL, FAIL_ROW, REJECT = 290, 291, 292, 293  # as a prompt's first token
+GATED_TOKENS = 3
 
 
 class FakeCore:
@@ -51,6 +52,7 @@ class FakeCore:
             self.info = replace(self.info, **json.loads(Path(script["info"]).read_text()))
         self._step_s = script.get("step_s", 0.001)
         self._record = script.get("record")  # file that gets a line for each abort
+        self._gate = script.get("gate")  # file without which no request gets more than GATED_TOKENS tokens
         self._requests: dict[str, EngineRequest] = {}
         self._outputs: dict[str, list[int]] = {}
         self._num_steps = 0
@@ -79,7 +81,12 @@ class FakeCore:
     def step(self) -> list[TokenDelta]:
         time.sleep(self._step_s)
         self._num_steps += 1
-        return [self._advance(request) for request in list(self._requests.values())]
+        is_open = self._gate is None or os.path.exists(self._gate)
+        return [
+            self._advance(request)
+            for name, request in list(self._requests.items())
+            if is_open or len(self._outputs[name]) < GATED_TOKENS
+        ]
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -12,7 +12,7 @@ from jaxserve.plan.deployment import SAMPLER_COLLECTIVES, Deployment
 from jaxserve.plan.devices import Devices
 from jaxserve.plan.memory import activation_bytes, plan_memory, sampler_bytes
 from jaxserve.plan.roofline import decode_rate, prefill_rate
-from tests.compile_check import report, steps
+from tests.compile_check import plans, report, steps
 from tests.sampling.test_split_vocabulary import EXPECTED
 
 LLAMA_8B, LLAMA_70B = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.3-70B-Instruct"
@@ -61,6 +61,24 @@ def test_weights_and_pool_are_what_the_compilers_count(entry: dict):
     assert deployment.weight_bytes() == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.parametrize("compiled", plans.recorded(), ids=lambda one: f"{one.launch_file} on {one.devices}")
+def test_plans_of_whole_models_are_what_the_compilers_count(compiled: plans.Comparison):
+    deployment = Deployment.of(load_config(compiled.launch_file), Devices.parse(compiled.devices))
+    planned = plan_memory(deployment)
+    assert deployment.graph.config.num_layers == compiled.layers
+    assert planned.weight_bytes == pytest.approx(compiled.compiled_weight_bytes, rel=plans.TOLERANCE)
+    assert planned.pool_bytes == pytest.approx(compiled.compiled_pool_bytes, rel=plans.TOLERANCE)
+    assert planned.step_bytes >= compiled.compiled_step_bytes, "the estimate must leave room for all that steps take"
+    assert deployment.num_collectives()["forward"] == compiled.compiled_num_collectives
+
+
+def test_every_launch_file_s_plan_is_on_record_and_on_the_page():
+    comparisons = plans.recorded()
+    assert {one.launch_file: one.devices for one in comparisons} == plans.LAUNCHES
+    assert {("h100:1", 32), ("h100:4", 80), ("h100:8", 80)} <= {(one.devices, one.layers) for one in comparisons}
+    assert plans.PAGE.read_text() == plans.page(comparisons)
+
+
 def test_the_record_has_an_8b_on_one_h100_and_a_70b_on_four_and_on_eight():
     found = {(entry["name"].split(",")[0], entry["target"]) for entry in STEPS}
     assert {("Llama 3.1 8B", "h100"), ("Llama 3.3 70B", "h100-4"), ("Llama 3.3 70B", "h100-8")} <= found
@@ -90,6 +108,46 @@ def test_a_token_of_llama_8b_takes_128_kib_of_kv_over_all_devices(tensor: int, d
     """32 layers, K and V of 8 heads of 128 values of 2 bytes; a device has a head at least."""
     spec = deployment_of(LLAMA_8B, f"h100:{tensor * data}", tensor_parallel_size=tensor).spec
     assert spec.block_bytes // spec.block_size // spec.num_shards == kv_bytes
+
+
+EAGLE3_8B = {
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "model_type": "llama",
+    "num_hidden_layers": 1,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 128256,
+    "draft_vocab_size": 32000,
+}
+
+
+def test_a_draft_model_s_weights_and_blocks_count_as_well():
+    without = deployment_of(LLAMA_70B, "h100:4")
+    drafting = deployment_of(LLAMA_70B, "h100:4", speculative_config={"model": LLAMA_8B})
+    draft = deployment_of(LLAMA_8B, "h100:4")
+    assert drafting.weight_bytes() == without.weight_bytes() + draft.weight_bytes()
+    assert drafting.pool_bytes(100) == without.pool_bytes(100) + draft.pool_bytes(100)
+    assert drafting.spec.block_bytes == without.spec.block_bytes + draft.spec.block_bytes
+    memory, roomier = plan_memory(drafting), plan_memory(without)
+    assert memory.step_bytes > roomier.step_bytes
+    assert memory.num_blocks < roomier.num_blocks
+    used = memory.weight_bytes + memory.step_bytes + memory.pool_bytes
+    assert 0.94 * memory.limit_bytes < used <= memory.limit_bytes
+
+
+def test_a_draft_head_counts_without_the_embedding_that_it_shares(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EAGLE3_8B))
+    without = deployment_of(LLAMA_8B, "h100")
+    drafting = deployment_of(LLAMA_8B, "h100", speculative_config={"method": "eagle3", "model": str(tmp_path)})
+    attention, mlp, norms = 2 * 4096 * (32 + 8 + 8) * 128 + 4096 * 4096, 3 * 4096 * 14336, 4 * 4096
+    own = 2 * (3 * 4096 * 4096 + attention + mlp + norms + 32000 * 4096) + 4 * 128256
+    assert drafting.weight_bytes() - without.weight_bytes() == own
+    assert drafting.pool_bytes(100) - without.pool_bytes(100) == without.pool_bytes(100) // 32
 
 
 def test_requests_at_once_are_what_the_pool_holds_at_full_length():
