@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from llguidance import LLMatcher, LLTokenizer
 
+from jaxserve.errors import TokenizerError
 from jaxserve.structured.masks import MaskMaker
 from jaxserve.structured.matcher import GrammarMatcher
 from jaxserve.structured.token_table import Encode, TokenTable, compile_grammar
@@ -80,3 +81,8 @@ class _Parts:
         self.tokenizer: LLTokenizer = table.tokenizer(encode)
         self.masks = MaskMaker(table)
         self.eos_ids = table.eos_ids
+
+
+def no_vocabulary() -> tuple[TokenTable, Encode]:
+    """What an engine loads that has no tokenizer: nothing."""
+    raise TokenizerError("this engine has no tokenizer to compile grammars for")
