@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import select
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import IO
 
 import msgspec
 
+from jaxserve.config import API_KEY_VARIABLE
 from jaxserve.errors import InvalidRequestError, RequestFailedError
 from jaxserve.structured.token_table import TokenTable
 
@@ -69,8 +71,11 @@ class GrammarChecker:
         return " ".join(answer.removesuffix("<non-verbose/>").split())[:500]
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "jaxserve.structured.checker_process"]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-P", "-m", "jaxserve.structured.checker_process"]
+        # The child imports from where its parent does.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+        environment.pop(API_KEY_VARIABLE, None)  # none of its business
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         try:
             ready = self._ask(self._process, self._make_table(), START_TIMEOUT_S)
         except (OSError, EOFError):

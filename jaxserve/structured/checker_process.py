@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import resource
 import sys
+import time
 
 import msgspec
 
@@ -17,7 +18,8 @@ from jaxserve.structured.masks import MaskMaker
 from jaxserve.structured.matcher import GrammarMatcher
 from jaxserve.structured.token_table import TokenTable, compile_grammar
 
-MAX_DATA_BYTES = 2**30  # beside the program itself
+MAX_DATA_BYTES = 2**30  # in all
+MAX_CPU_S = 30  # a grammar; the parent is less patient, unless it is gone
 
 
 def main() -> None:
@@ -29,6 +31,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MAX_DATA_BYTES, MAX_DATA_BYTES))
     _answer("ready")
     for line in lines:
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + MAX_CPU_S, hard))
         matcher = compile_grammar(tokenizer, msgspec.json.decode(line, type=str))
         if not matcher.is_error():
             masks.make([(GrammarMatcher(matcher, table.eos_ids), [])])  # some limits are met only here

@@ -12,7 +12,7 @@ import pydantic
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests.e2e.server import NAME
+from tests.e2e.server import NAME, ROOT
 
 CITY: Any = [{"role": "user", "content": "Describe a city as JSON with its name, population and climate."}]
 
@@ -125,3 +125,14 @@ def test_a_schema_that_takes_too_long_to_compile_is_refused_while_others_are_ser
             },
         )
     City.model_validate_json(answer(client, response_format=FORMAT))
+
+
+def test_the_readme_s_examples_run(client, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(import pydantic.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {"client": client}
+    exec(example, names)
+    assert re.search(r"name='.*' length_km=\d+", capsys.readouterr().out)
+    assert names["reply"].choices[0].text in (" yes", " no")
+    (example,) = re.findall(r"```python\n(from jaxserve import SamplingParams, Struct.*?)```", readme, re.DOTALL)
+    exec(example, {})
