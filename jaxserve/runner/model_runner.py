@@ -28,8 +28,8 @@ NOT_FINITE = RowError(
     "the model's output for this sequence is not finite, so no token could be chosen", taints_blocks=True
 )
 RULED_OUT = RowError(
-    "no token could be chosen: this request's penalties, logit_bias, min_tokens, allowed or forbidden tokens, or "
-    "structured_outputs, leave no finite logit",
+    "no token could be chosen: this request's penalties, logit_bias or forbidden tokens (structured_outputs and "
+    "min_tokens forbid some, too) leave no finite logit",
     taints_blocks=False,
 )
 
