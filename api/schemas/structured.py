@@ -107,8 +107,8 @@ class ConstraintFields(RequestModel):
         if isinstance(value, (ResponseFormat, StructuredOutputs)):
             constraint = value.constraint()
         else:
-            options = {"whitespace_pattern": self.guided_whitespace_pattern}
-            constraint = StructuredOutputsParams(**{name.removeprefix("guided_"): value}, **options)
+            given: dict[str, Any] = {name.removeprefix("guided_"): value}
+            constraint = StructuredOutputsParams(**given, whitespace_pattern=self.guided_whitespace_pattern)
         try:
             return constraint and constraint.validate()
         except InvalidRequestError as error:

@@ -59,7 +59,7 @@ WRONG_IN_BOTH: list[tuple[str, list[Any]]] = [
     ("guided_json", [5, {"$ref": "#/$defs/none"}]),
     ("guided_regex", [5, "(?=a)b"]),
     ("guided_choice", ["yes", [""]]),
-    ("guided_grammar", ["root ::="]),
+    ("guided_grammar", ['root ::= "a', "root ::= other"]),
     ("guided_whitespace_pattern", [" "]),  # without guided_json
     ("best_of", [3]),
     ("use_beam_search", [True]),
