@@ -50,8 +50,9 @@ async def _outputs_of_prompt(state: ServerState, job: Job, prompt_index: int) ->
         async for output in iterator:
             yield output
     except InvalidRequestError as error:
-        if error.param == "prompt":  # the engine's word for it
-            error.param = job.prompt_field
+        fields = {"prompt": job.prompt_field, "structured_outputs": job.constraint_field}  # by the engine's words
+        if error.param in fields:
+            error.param = fields[error.param]
         raise
     finally:
         state.in_flight.request_ids.discard(request_id)

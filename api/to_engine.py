@@ -26,6 +26,7 @@ class Job:
     reply_id: str  # "cmpl-..." or "chatcmpl-..."
     prompts: Sequence[str | list[int]]
     prompt_field: str  # of the body, which the prompts came from
+    constraint_field: str | None  # of the body, which structured_outputs came from
     params: SamplingParams
     add_special_tokens: bool
     priority: int
@@ -42,6 +43,7 @@ def completion_job(request: CompletionRequest, engine: EngineClient, request_id:
         reply_id=f"cmpl-{reply_id(request, request_id)}",
         prompts=request.prompt,
         prompt_field="prompt",
+        constraint_field=request.constraint_field,
         params=_sampling_params(
             request,
             engine.model_info,
@@ -65,6 +67,7 @@ def chat_job(request: ChatRequest, engine: EngineClient, template: ChatTemplate 
         reply_id=f"chatcmpl-{reply_id(request, request_id)}",
         prompts=[prompt],
         prompt_field="messages",
+        constraint_field=request.constraint_field,
         params=_sampling_params(
             request,
             engine.model_info,
@@ -163,6 +166,7 @@ def _sampling_params(
         logit_bias=request.logit_bias,
         allowed_token_ids=request.allowed_token_ids,
         bad_words=request.bad_words,
+        structured_outputs=request.constraint(),
         seed=request.seed,
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,

@@ -9,15 +9,17 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, RequestOutput
     from jaxserve.sampling_params import SamplingParams
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 _MODULES = {
     "LLM": "jaxserve.llm",
     "CompletionOutput": "jaxserve.outputs",
     "RequestOutput": "jaxserve.outputs",
     "SamplingParams": "jaxserve.sampling_params",
+    "StructuredOutputsParams": "jaxserve.structured_outputs",
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.structured_outputs import StructuredOutputsParams as StructuredOutputsParams  # beside it, as in vLLM
 
 MAX_LOGPROBS = 20  # alternatives a position; the sampler always computes this many when any row asks
 MAX_N = 128  # sequences a request
@@ -26,8 +27,8 @@ OutputKind = Literal["cumulative", "delta", "final_only"]
 class SamplingParams:
     """How tokens are chosen and when a sequence ends. Frozen; `validate()` raises `InvalidRequestError`.
 
-    Order of application: allowed_token_ids, logit_bias, bad_words, min_tokens, penalties, temperature,
-    min_p, top_k, top_p. `temperature == 0` is greedy.
+    Order of application: structured_outputs, allowed_token_ids, logit_bias, bad_words, min_tokens, penalties,
+    temperature, min_p, top_k, top_p. `temperature == 0` is greedy.
 
     As vLLM's class of this name, but for `max_tokens`: left out, an answer goes on as far as the context reaches, where
     vLLM's ends after 16 tokens.
@@ -45,6 +46,8 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     bad_words_token_ids: list[list[int]] | None = None  # `bad_words` as tokens, filled in beside the tokenizer
+    structured_outputs: StructuredOutputsParams | None = None
+    structured_outputs_grammar: str | None = None  # the same as llguidance reads it, filled in beside the tokenizer
     seed: int | None = None  # -1 means none too, as in vLLM
     max_tokens: int | None = None  # None: as far as the context reaches
     min_tokens: int = 0
@@ -89,6 +92,13 @@ class SamplingParams:
                 param="spaces_between_special_tokens",
             )
         self._validate_lists()
+        if self.structured_outputs is not None:
+            if not isinstance(self.structured_outputs, StructuredOutputsParams):
+                kind = type(self.structured_outputs).__name__
+                raise InvalidRequestError(
+                    f"structured_outputs must be StructuredOutputsParams, got {kind}", param="structured_outputs"
+                )
+            self.structured_outputs.validate()
         return self
 
     def _validate_lists(self) -> None:

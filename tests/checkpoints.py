@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,13 @@ def transformers_logits(folder: Path, token_ids: list[int]) -> Any:
         return model(torch.tensor([token_ids])).logits[0].numpy()
 
 
-def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """The next `num_tokens` greedy tokens of each prompt, one prompt at a time; EOS does not end them."""
+def transformers_greedy(
+    folder: Path, prompts: list[list[int]], num_tokens: int, *, allowed: Callable[[int, Any], list[int]] | None = None
+) -> list[list[int]]:
+    """The next `num_tokens` greedy tokens of each prompt, one prompt at a time; EOS does not end them.
+
+    `allowed` names the tokens to choose from, given 0 and the tokens so far.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,6 +82,7 @@ def transformers_greedy(folder: Path, prompts: list[list[int]], num_tokens: int)
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=0,
+                prefix_allowed_tokens_fn=allowed,
             )
         answers.append(output[0, len(prompt) :].tolist())
     return answers

@@ -29,6 +29,7 @@ VOCABULARY = (
     "jaxserve.outputs",
     "jaxserve.request",
     "jaxserve.sampling_params",
+    "jaxserve.structured_outputs",
 )
 
 # Package or module -> what of this project it may import, beside itself and the vocabulary. The longest name that
@@ -66,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "jaxserve.cache",
         "jaxserve.runner",
         "jaxserve.speculative",
+        "jaxserve.structured",
         "jaxserve.layers",
         "jaxserve.parallel",
         "jaxserve.weights",
@@ -84,6 +86,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "jaxserve.weights",
         "jaxserve.cache.kv_cache",
         "jaxserve.sampling",
+        "jaxserve.structured",
         "jaxserve.parallel",
         "jaxserve.scheduler.plan",
         "pallas_kernels",
@@ -92,6 +95,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.layers": ("jaxserve.cache.kv_cache", "jaxserve.parallel", "pallas_kernels"),
     "jaxserve.weights": ("jaxserve.models.base", "jaxserve.parallel"),
     "jaxserve.sampling": ("jaxserve.parallel",),
+    "jaxserve.structured": ("jaxserve.tokenizer",),
     "jaxserve.parallel": (),
     "jaxserve.tokenizer": ("jaxserve.weights",),
     "pallas_kernels": (),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from api.schemas.base import RequestModel, StreamOptions
+from api.schemas.base import StreamOptions
 from api.schemas.fields import FreeObject, LogitBias, StopStrings
+from api.schemas.structured import ConstraintFields
 from jaxserve.errors import InvalidRequestError
 
 
-class SamplingFields(RequestModel):
+class SamplingFields(ConstraintFields):
     """How an answer is sampled, when it ends, and what comes back with it."""
 
     model: str | None = None  # one of the served names; left out, it is the served model

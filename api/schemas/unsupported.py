@@ -26,10 +26,6 @@ def _unless(reason: str, *neutral: object) -> Unsupported:
     )
 
 
-def _is_plain_text_format(value: Any, fields: Mapping[str, Any]) -> bool:
-    return value == {"type": "text"}
-
-
 def _equals_n(value: Any, fields: Mapping[str, Any]) -> bool:
     return type(value) is int and value == fields.get("n", 1)
 
@@ -40,20 +36,12 @@ def _needs_no_tools(tools: str) -> Callable[[Any, Mapping[str, Any]], bool]:
 
 
 _NO_TOOLS = "this server does not call tools yet"
-_NO_GRAMMAR = "this server does not constrain its output yet"
 _NO_BEAMS = "this server samples; it has no beam search"
 _NO_AUDIO = "this server takes and gives text only"
 
 _SAMPLING = {
     "best_of": Unsupported("give it the value of n, or leave it out", _equals_n),
-    "response_format": Unsupported(f"{_NO_GRAMMAR}; only {{'type': 'text'}} is taken", _is_plain_text_format),
-    "structured_outputs": _never(_NO_GRAMMAR),
-    "guided_json": _never(_NO_GRAMMAR),
-    "guided_regex": _never(_NO_GRAMMAR),
-    "guided_choice": _never(_NO_GRAMMAR),
-    "guided_grammar": _never(_NO_GRAMMAR),
-    "guided_decoding_backend": _never(_NO_GRAMMAR),
-    "guided_whitespace_pattern": _never(_NO_GRAMMAR),
+    "guided_decoding_backend": _unless("grammars are llguidance's; leave it out", "auto", "guidance"),
     "use_beam_search": _unless(_NO_BEAMS, False),
     "length_penalty": _unless(_NO_BEAMS, 1, 1.0),
     "early_stopping": _unless(_NO_BEAMS, False),

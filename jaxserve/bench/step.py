@@ -25,7 +25,8 @@ from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
-from jaxserve.runner.model_runner import ModelRunner, PendingStep, Runner
+from jaxserve.runner.model_runner import ModelRunner, Runner
+from jaxserve.runner.pending import PendingStep
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.scheduler.plan import StepPlan, StepResult

@@ -132,9 +132,10 @@ class ReplicasClient:
         return _LiveRequest(prepared, wire.encode(order), hashes)
 
     async def _prepare(self, prompt: str | list[int], params: SamplingParams, **options: Any) -> PreparedRequest:
-        if not isinstance(prompt, str) or len(prompt) <= MAX_INLINE_CHARS:
-            return self._preparer.prepare(prompt, params, **options)
-        return await asyncio.to_thread(self._preparer.prepare, prompt, params, **options)
+        is_long = isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS
+        if is_long or params.structured_outputs is not None:
+            return await asyncio.to_thread(self._preparer.prepare, prompt, params, **options)
+        return self._preparer.prepare(prompt, params, **options)
 
     async def _ask_a_replica(self, live: _LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         """The outputs of one attempt; raises `_ReplicaLostError` where another replica might do."""

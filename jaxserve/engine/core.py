@@ -9,16 +9,20 @@ from contextlib import contextmanager
 from jaxserve.cache.block_pool import IntegrityError
 from jaxserve.config import Config
 from jaxserve.engine.assembly import OnProgress
+from jaxserve.engine.compiling import CompilingRequests
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
 from jaxserve.engine.hosts.plans import LeadingHosts
 from jaxserve.engine.startup import Started, start
 from jaxserve.errors import EngineDeadError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
-from jaxserve.runner.model_runner import PendingStep, Runner
+from jaxserve.runner.model_runner import Runner
+from jaxserve.runner.pending import PendingStep
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.scheduler import Scheduler
+
+COMPILING_POLL_S = 0.02  # how long to wait for a grammar when there is nothing else to do
 
 
 class EngineCore:
@@ -41,6 +45,8 @@ class EngineCore:
         self.info: CoreInfo = started.info
         self._scheduler: Scheduler | DataParallelScheduler = started.scheduler
         self._runner: Runner = started.runner
+        self._grammars = started.grammars
+        self._compiling = CompilingRequests(started.grammars, max_requests=config.scheduler.max_queued_requests)
         self._guard = started.guard
         self._depth = 1 if config.scheduler.async_scheduling else 0  # steps that may stay in flight
         self._in_flight: list[tuple[StepPlan, PendingStep, float]] = []  # with the time its planning began
@@ -51,16 +57,20 @@ class EngineCore:
     @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
-        return self._fault is None and (bool(self._in_flight) or self._scheduler.has_unfinished)
+        is_idle = not (self._in_flight or self._compiling or self._scheduler.has_unfinished)
+        return self._fault is None and not is_idle
 
     def add_request(self, request: EngineRequest) -> None:
         """Queue a request; raises `QueueFullError`, `PromptTooLongError`, or `EngineDeadError` after a failed step."""
         self._check_whole()
-        self._scheduler.add(request)
+        if not self._compiling.hold(request):
+            self._scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> list[TokenDelta]:
         """End requests now; their blocks are free for the next plan. After a failed step there is nothing to end."""
-        return [] if self._fault is not None else self._scheduler.abort(request_ids)
+        if self._fault is not None:
+            return []
+        return [*self._compiling.abort(request_ids), *self._scheduler.abort(request_ids)]
 
     def step(self) -> list[TokenDelta]:
         """Dispatch the next plan, then collect the step before it; empty while the pipeline fills.
@@ -69,6 +79,7 @@ class EngineCore:
         through, and every later call raises `EngineDeadError`. Only Ctrl-C while it waits for the device does no harm.
         """
         self._check_whole()
+        refused = self._compiling.release(self._scheduler.add)
         with self._guard.watch():
             with self._breaks_on(BaseException):
                 begin_s = time.perf_counter()
@@ -77,8 +88,11 @@ class EngineCore:
                     self._in_flight.append((plan, self._runner.dispatch(plan), begin_s))
                 elif not self._in_flight and self._scheduler.has_unfinished:
                     raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
-            if not self._in_flight or (plan is not None and len(self._in_flight) <= self._depth):
-                return []
+            if not self._in_flight:
+                self._compiling.wait(COMPILING_POLL_S)
+                return refused
+            if plan is not None and len(self._in_flight) <= self._depth:
+                return refused
             with self._breaks_on(Exception):
                 result = self._in_flight[0][1].result()
             with self._breaks_on(BaseException):
@@ -88,14 +102,14 @@ class EngineCore:
                 deltas = self._scheduler.update(done, result)
                 if not self.has_unfinished:
                     self._scheduler.check_integrity()  # idle from here on: the check delays nobody
-        return deltas
+        return [*refused, *deltas]
 
     def stats(self) -> EngineStats:
         """Gauges of this moment and counters since the start."""
         now = self._scheduler.stats()
         return EngineStats(
             num_running=now.num_running,
-            num_waiting=now.num_waiting,
+            num_waiting=now.num_waiting + len(self._compiling),
             kv_cache_usage=now.kv_cache_usage,
             prefix_queried_tokens=now.prefix_queried_tokens,
             prefix_hit_tokens=now.prefix_hit_tokens,
@@ -114,6 +128,7 @@ class EngineCore:
     def shutdown(self) -> None:
         """Wait for what is in flight; no step may follow."""
         self._guard.disarm()
+        self._grammars.close()
         in_flight, self._in_flight = self._in_flight, []
         if self._fault is None:
             for _, pending, _ in in_flight:

@@ -13,12 +13,14 @@ from jaxserve.engine.assembly import Loaded, ModelParts
 from jaxserve.errors import ConfigError
 from jaxserve.layers.attention import AttentionBackend
 from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.grammars import SlotGrammars
 from jaxserve.runner.head_loading import HeadFiles, open_head
 from jaxserve.runner.head_programs import HeadPrograms, LoadedHead
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import ModelGraph, Params, choose_backend
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.scheduler.draft_planner import Drafter
+from jaxserve.speculative.cut import CutProposer
 from jaxserve.speculative.drafter import SpeculativeDrafter
 from jaxserve.speculative.in_runner import RunnerProposer
 from jaxserve.speculative.ngram import NgramProposer
@@ -32,12 +34,12 @@ def max_num_drafts(speculative: SpeculativeConfig | None, max_num_seqs: int) -> 
     return 0 if speculative is None else max(max_num_seqs, speculative.num_speculative_tokens)
 
 
-def make_drafter(speculative: SpeculativeConfig | None, buckets: Buckets) -> Drafter | None:
-    """The scheduler's drafter, if there is to be one."""
+def make_drafter(speculative: SpeculativeConfig | None, buckets: Buckets, grammars: SlotGrammars) -> Drafter | None:
+    """The scheduler's drafter, if there is to be one; it guesses nothing that a request's grammar forbids."""
     if speculative is None:
         return None
     return SpeculativeDrafter(
-        _proposer(speculative),
+        CutProposer(_proposer(speculative), grammars.cut),
         max_tokens=speculative.num_speculative_tokens,
         step_sizes=buckets.token_sizes,
         is_adaptive=speculative.adaptive,

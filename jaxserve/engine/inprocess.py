@@ -47,6 +47,7 @@ class InProcessEngine:
     def shutdown(self) -> None:
         """End the core; nothing else may be called after."""
         self._core.shutdown()
+        self.preparer.close()
 
     def run(
         self, requests: list[PreparedRequest], on_finished: Callable[[RequestOutput], object]

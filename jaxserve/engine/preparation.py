@@ -15,6 +15,9 @@ from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.request import EngineRequest
 from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_N, SamplingParams
+from jaxserve.structured.checker import GrammarChecker
+from jaxserve.structured.grammar_text import grammar_text
+from jaxserve.structured.token_table import TokenTable
 from jaxserve.tokenizer.tokenizer import Tokenizer
 from jaxserve.weights.source import resolve_source
 
@@ -48,6 +51,11 @@ class RequestPreparer:
         self._eos_token_ids = sorted({*info.eos_token_ids, *tokenizer.eos_token_ids})
         self._seeds = random.Random(seed)  # of requests that come without
         self._serials = itertools.count()
+        self._checker = GrammarChecker(self._token_table)
+
+    def close(self) -> None:
+        """End the process that checks grammars, if one was needed."""
+        self._checker.close()
 
     def prepare(
         self,
@@ -164,9 +172,26 @@ class RequestPreparer:
             max_tokens=max_tokens,
             seed=self._seeds.randrange(SEED_LIMIT) if params.seed in (None, -1) else params.seed,
             bad_words_token_ids=self._bad_words_token_ids(params),
+            structured_outputs_grammar=self._grammar(params),
         )
         self._check_a_token_is_left(completed)
         return completed
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of structured_outputs, once it is known to compile."""
+        if params.structured_outputs is None:
+            return None
+        grammar = grammar_text(params.structured_outputs)
+        self._checker.check(grammar)
+        return grammar
+
+    def _token_table(self) -> TokenTable:
+        if not self._eos_token_ids:
+            raise InvalidRequestError(
+                "structured_outputs need a token that ends an answer, and the model has no end-of-sequence token",
+                param="structured_outputs",
+            )
+        return TokenTable.of(self._tokenizer, vocab_size=self._vocab_size, eos_ids=self._eos_token_ids)
 
     def _check_a_token_is_left(self, params: SamplingParams) -> None:
         """Of allowed_token_ids, one must be free at every position."""
@@ -215,7 +240,7 @@ class RequestPreparer:
 
 def _for_sequence(params: SamplingParams, index: int) -> SamplingParams:
     """Sequence `index`'s parameters; the prompt's log-probabilities are computed once, by the first."""
-    own = params.for_sequence(index)
+    own = replace(params.for_sequence(index), structured_outputs=None)  # the engine reads its grammar
     return own if index == 0 else replace(own, prompt_logprobs=None)
 
 

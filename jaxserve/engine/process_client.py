@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxserve.config import Config
@@ -70,7 +71,8 @@ class ProcessEngineClient:
         self._calls: dict[int, asyncio.Future[bool]] = {}
         self._call_ids = itertools.count()
         self._tokenizing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
-        self._preparer: RequestPreparer
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammar")  # may take seconds
+        self._preparer: RequestPreparer | None = None
 
     async def __aenter__(self) -> ProcessEngineClient:
         await self.start()
@@ -183,6 +185,8 @@ class ProcessEngineClient:
         if self._hosts is not None:
             await self._hosts.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._checking.shutdown(wait=False, cancel_futures=True)
+        self._close_preparer()
 
     async def _start_engine(self) -> CoreInfo:
         if self._hosts is not None:
@@ -198,22 +202,29 @@ class ProcessEngineClient:
         )
 
     async def _prepare(self, prompt: str | list[int], params: SamplingParams, **options: Any) -> PreparedRequest:
-        if not isinstance(prompt, str) or len(prompt) <= MAX_INLINE_CHARS:
-            return self._preparer.prepare(prompt, params, **options)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._tokenizing, lambda: self._preparer.prepare(prompt, params, **options)
-        )
+        assert self._preparer is not None, "the client is started"
+        prepare = partial(self._preparer.prepare, prompt, params, **options)
+        if params.structured_outputs is not None:
+            return await asyncio.get_running_loop().run_in_executor(self._checking, prepare)
+        if isinstance(prompt, str) and len(prompt) > MAX_INLINE_CHARS:
+            return await asyncio.get_running_loop().run_in_executor(self._tokenizing, prepare)
+        return prepare()
 
     def _take_over(self, info: CoreInfo) -> None:
         """Serve what this engine offers."""
         self.core_info = info
         self.metrics.set_core_info(info)
+        self._close_preparer()
         self._preparer = RequestPreparer(
             self.tokenizer,
             info,
             seed=self._config.model.seed,
             max_queued_requests=self._config.scheduler.max_queued_requests,
         )
+
+    def _close_preparer(self) -> None:
+        if self._preparer is not None:
+            self._preparer.close()
 
     def _check_ready(self) -> None:
         health = self._supervisor.health

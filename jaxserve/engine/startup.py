@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from jaxserve.engine.assembly import Assembly, OnProgress, Phases
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.device import DeviceDefaults, choose_device
 from jaxserve.engine.drafting import check_tokens, make_drafter, max_num_drafts, open_models
+from jaxserve.engine.grammar_vocabulary import vocabulary_of_grammars
 from jaxserve.engine.hosts.plans import Hosts, LeadingHosts, LeadingRunner, require_same, smallest
 from jaxserve.errors import ConfigError
 from jaxserve.layers.numerics import Numerics
@@ -26,6 +27,7 @@ from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.parallel.multihost import own_compile_cache
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
+from jaxserve.runner.grammars import SlotGrammars
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import choose_backend
 from jaxserve.runner.model_runner import ModelRunner, Runner
@@ -34,6 +36,7 @@ from jaxserve.runner.programs import LoadedModel
 from jaxserve.scheduler.data_parallel import DataParallelScheduler
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.settings import SchedulerSettings
+from jaxserve.structured.compiler import GrammarCompiler, no_vocabulary
 from jaxserve.weights.source import cache_dir
 
 SAME_BACKEND = "install the same compilers on every host, or set attention_backend to one that all have"
@@ -47,6 +50,7 @@ class Started:
     scheduler: Scheduler | DataParallelScheduler
     runner: Runner
     guard: CompileGuard
+    grammars: GrammarCompiler = field(default_factory=lambda: GrammarCompiler(no_vocabulary))
 
 
 def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -> Started:
@@ -92,7 +96,9 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
     (loaded, *drafting), shapes = assembly.assemble()
     assert isinstance(loaded, LoadedModel)
     settings = replace(settings, max_model_len=shapes.max_model_len)
-    runner: Runner = ModelRunner(loaded, shapes, drafting=next(iter(drafting), None))
+    compiler = GrammarCompiler(partial(vocabulary_of_grammars, config.model, files))
+    grammars = SlotGrammars(compiler)
+    runner: Runner = ModelRunner(loaded, shapes, drafting=next(iter(drafting), None), grammars=grammars)
     if isinstance(hosts, LeadingHosts):
         runner = LeadingRunner(runner, hosts)
     smallest(hosts, "ready", 1)  # nobody serves before all can follow
@@ -109,20 +115,23 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
     )
     return Started(
         info=info,
-        scheduler=_scheduler(config, settings, shapes),
+        scheduler=_scheduler(config, settings, shapes, grammars),
         runner=runner,
+        grammars=compiler,
         guard=guard,
     )
 
 
-def _scheduler(config: Config, settings: SchedulerSettings, shapes: ProgramShapes) -> Scheduler | DataParallelScheduler:
+def _scheduler(
+    config: Config, settings: SchedulerSettings, shapes: ProgramShapes, grammars: SlotGrammars
+) -> Scheduler | DataParallelScheduler:
     """One for each data shard, and what makes one of several."""
     schedulers = []
     for shard in range(config.parallel.data_parallel_size):
         pool = BlockPool(shapes.num_blocks, shapes.kv_spec.block_size)
         prefix_cache = PrefixCache(pool) if config.cache.enable_prefix_caching else None
         first_slot = shard * shapes.tokens_shape[0] + 1
-        drafter = make_drafter(config.speculative.speculative_config, shapes.buckets)
+        drafter = make_drafter(config.speculative.speculative_config, shapes.buckets, grammars)
         schedulers.append(Scheduler(replace(settings, first_slot=first_slot), pool, prefix_cache, drafter))
     if len(schedulers) == 1:
         return schedulers[0]

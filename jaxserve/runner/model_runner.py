@@ -12,8 +12,10 @@ from jaxserve.outputs import TokenLogprobs
 from jaxserve.parallel.mesh import DATA, by_data_shard, to_devices
 from jaxserve.runner.batch import BatchBuilder, HostStep, padded
 from jaxserve.runner.drafts import DraftIds, DraftModel, Drafts, GivenDrafts
+from jaxserve.runner.grammars import SlotGrammars
 from jaxserve.runner.head_drafts import HeadDrafts
 from jaxserve.runner.head_programs import LoadedHead
+from jaxserve.runner.pending import PendingStep
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import LoadedModel
 from jaxserve.runner.slot_table import SlotTable
@@ -26,21 +28,10 @@ NOT_FINITE = RowError(
     "the model's output for this sequence is not finite, so no token could be chosen", taints_blocks=True
 )
 RULED_OUT = RowError(
-    "no token could be chosen: this request's penalties, logit_bias or forbidden tokens leave no finite logit",
+    "no token could be chosen: this request's penalties, logit_bias or forbidden tokens (structured_outputs and "
+    "min_tokens forbid some, too) leave no finite logit",
     taints_blocks=False,
 )
-
-
-class PendingStep(Protocol):
-    """A step that was dispatched."""
-
-    def is_ready(self) -> bool:
-        """Whether `result` would return without waiting."""
-        ...
-
-    def result(self) -> StepResult:
-        """Wait for the device and fetch the tokens; the one place where the host waits."""
-        ...
 
 
 class Runner(Protocol):
@@ -53,7 +44,12 @@ class ModelRunner:
     """Owns the parameters, the KV pools, the token table and the block tables, and the host's memory of each slot."""
 
     def __init__(
-        self, model: LoadedModel, shapes: ProgramShapes, *, drafting: LoadedModel | LoadedHead | None = None
+        self,
+        model: LoadedModel,
+        shapes: ProgramShapes,
+        *,
+        drafting: LoadedModel | LoadedHead | None = None,
+        grammars: SlotGrammars | None = None,
     ) -> None:
         """`drafting` draws the drafts that plans leave open; without it they name their drafts."""
         graph = model.graph
@@ -77,6 +73,7 @@ class ModelRunner:
             sharding=by_data_shard(graph.mesh),
         )
         self._drafts = self._make_drafts(model, shapes, drafting)
+        self._grammars = grammars or SlotGrammars()
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len, self._blocks_per_seq = shapes.max_model_len, shapes.blocks_per_seq
 
@@ -98,12 +95,14 @@ class ModelRunner:
             [ForwardBatch.from_host(batch) for batch in step.batches],
         )
         prompt_scores = self._score_prompts(hidden, plan, step)
-        variant, inputs = self._parameters.gather(*step.samples_of(plan))
+        masks = self._grammars.masks(plan, step, draft_ids)
+        variant, inputs = self._parameters.gather(*step.samples_of(plan), masks=masks)
         self._tokens, sampled = self._programs.sample(
             self._head, rows, self._tokens, [SampleBatch.from_host(batch) for batch in step.batches], inputs, variant
         )
         self._drafts.follow(plan, self._tokens, self._block_tables, hidden if features is None else features)
-        return _DeviceStep(plan, step, draft_ids, sampled, prompt_scores, self._asked_logprobs(plan, step))
+        pending = _DeviceStep(plan, step, draft_ids, sampled, prompt_scores, self._asked_logprobs(plan, step))
+        return self._grammars.watch(plan, pending)
 
     def _make_drafts(
         self, model: LoadedModel, shapes: ProgramShapes, drafting: LoadedModel | LoadedHead | None
@@ -127,6 +126,7 @@ class ModelRunner:
             stop_token_ids=new.stop_token_ids,
             num_prompt_tokens=new.num_prompt_tokens,
         )
+        self._grammars.occupy(new)
 
     def _asked_logprobs(self, plan: StepPlan, step: HostStep) -> dict[int, int]:
         """Place of a sample -> alternatives asked for, where any were."""

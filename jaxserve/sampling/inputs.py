@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -164,6 +164,14 @@ def abstract_inputs(rows: int, variant: Variant, *, vocab_size: int) -> Sampling
     return SamplingInputs(ints, floats, rules)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """The tokens that some of a step's rows may choose from in this step, whatever their slots allow beside."""
+
+    rows: np.ndarray  # i64[masks]
+    allowed: np.ndarray  # u32[masks, ceil(vocab / 32)], as `LogitRules.allowed`
+
+
 @dataclass(slots=True)
 class SlotParameters:
     """What each slot's request asks of the sampler: written once a request, gathered every step. Slot 0 is padding.
@@ -207,7 +215,12 @@ class SlotParameters:
         self._levels[slot] = _level(params)
 
     def gather(
-        self, slots: np.ndarray, num_tokens: np.ndarray, *, num_rows: int | None = None
+        self,
+        slots: np.ndarray,
+        num_tokens: np.ndarray,
+        *,
+        num_rows: int | None = None,
+        masks: TokenMasks | None = None,
     ) -> tuple[Variant, SamplingInputs]:
         """The inputs of a step whose rows are `slots` with `num_tokens` known tokens each, padded to `num_rows`."""
         count = len(slots)
@@ -217,9 +230,20 @@ class SlotParameters:
         ints[:count, _INT["position"]] += num_tokens
         ints[:count, _INT["num_tokens"]] = num_tokens
         masks_stop_ids = ints[:, _INT["position"]] < ints[:, _INT["min_tokens"]]
-        level = FULL if masks_stop_ids.any() else int(self._levels[padded].max(initial=GREEDY))
+        needs_rules = masks is not None or masks_stop_ids.any()
+        level = FULL if needs_rules else int(self._levels[padded].max(initial=GREEDY))
         rules = self._gather_rules(padded) if level == FULL else None
+        if masks is not None and rules is not None:
+            rules = replace(rules, allowed=self._masked(padded, ints, masks))
+            ints[masks.rows, _INT["has_allowed"]] = 1
         return VARIANTS[level], SamplingInputs(ints, self._floats[padded], rules)
+
+    def _masked(self, slots: np.ndarray, ints: np.ndarray, masks: TokenMasks) -> np.ndarray:
+        """What each row's slot allows; with a mask, what that allows of it."""
+        allowed = self._rules.allowed[slots]
+        has_own = ints[masks.rows, _INT["has_allowed"], None] > 0
+        allowed[masks.rows] = np.where(has_own, allowed[masks.rows] & masks.allowed, masks.allowed)
+        return allowed
 
     def _gather_rules(self, slots: np.ndarray) -> LogitRules:
         key = slots.tobytes()

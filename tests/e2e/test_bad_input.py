@@ -48,8 +48,19 @@ WRONG_IN_BOTH: list[tuple[str, list[Any]]] = [
     ("request_id", ["", "a b", "x" * 129, "é", "a\r\nSet-Cookie: b=c"]),
     ("metadata", ["x", [1]]),
     ("temprature", [0.5]),  # unknown
-    ("response_format", [{"type": "json_object"}]),
-    ("guided_json", [{}]),
+    ("response_format", [5, {}, {"type": "yaml"}, {"type": "json_schema"},
+                         {"type": "text", "json_schema": {"schema": {}}},
+                         {"type": "json_schema", "json_schema": {"name": "a", "schema": 5}},
+                         {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}},
+                         {"type": "json_schema", "json_schema": {"name": "a", "schema": {"not": {}}}}]),
+    ("structured_outputs", [5, {}, {"regex": "(a"}, {"regex": "a", "choice": ["b"]}, {"choice": []},
+                            {"grammar": "start: ("}, {"json": "{"}, {"json_object": False},
+                            {"structural_tag": "x"}, {"regex": "a" * 300_000}]),
+    ("guided_json", [5, {"$ref": "#/$defs/none"}]),
+    ("guided_regex", [5, "(?=a)b"]),
+    ("guided_choice", ["yes", [""]]),
+    ("guided_grammar", ['root ::= "a', "root ::= other"]),
+    ("guided_whitespace_pattern", [" "]),  # without guided_json
     ("best_of", [3]),
     ("use_beam_search", [True]),
 ]  # fmt: skip

@@ -27,11 +27,16 @@ def drafting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess
         yield running
 
 
-def streamed(url: str, **parameters) -> list[str]:
+def streamed(url: str, *, extra: dict | None = None, **parameters) -> list[str]:
     """The texts of a stream's chunks."""
     with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
         chunks = client.completions.create(
-            model=NAME, prompt=COUNTING, max_tokens=40, stream=True, extra_body={"ignore_eos": True}, **parameters
+            model=NAME,
+            prompt=COUNTING,
+            max_tokens=40,
+            stream=True,
+            extra_body=extra or {"ignore_eos": True},
+            **parameters,
         )
         return [chunk.choices[0].text for chunk in chunks if chunk.choices]
 
@@ -40,6 +45,15 @@ def streamed(url: str, **parameters) -> list[str]:
 def test_a_stream_says_the_same(server, drafting, parameters):
     wanted, given = streamed(server.url, **parameters), streamed(drafting.url, **parameters)
     assert "".join(given) == "".join(wanted)
+    assert len(given) < len(wanted)
+
+
+@pytest.mark.parametrize("parameters", [{"temperature": 0}, {"temperature": 1.0, "seed": 2}])
+def test_an_answer_under_a_grammar_is_the_same(server, drafting, parameters):
+    counting = {"structured_outputs": {"regex": "( [0-9],)+ end"}, "repetition_penalty": 1.05}
+    wanted, given = (streamed(url, extra=counting, **parameters) for url in (server.url, drafting.url))
+    assert "".join(given) == "".join(wanted)
+    assert set("".join(wanted)) <= set(" 0123456789,end")
     assert len(given) < len(wanted)
 
 

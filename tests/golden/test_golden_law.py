@@ -12,14 +12,20 @@ import pytest
 from jaxserve.engine import drafting
 from jaxserve.engine.core import EngineCore
 from tests.checkpoints import save_random_llama, transformers_greedy
+from tests.e2e.tiny_model import write_tokenizer
 from tests.harness import greedy, run, tiny_config, tokens
 from tests.speculative.oracle import Oracle
+from tests.structured.requests import CONSTRAINTS, constrained, masked_greedy
 
 NUM_TOKENS = 24
 _rng = np.random.default_rng(7)
 _shared = _rng.integers(3, 320, 40).tolist()
 PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 16, 17, 33, 70)]
 PROMPTS += [_shared + _rng.integers(3, 320, size).tolist() for size in (1, 9)]
+GRAMMARS = [CONSTRAINTS[name] for name in ("json", "regex", "choice", "grammar", "json")]  # of as many more requests
+PARAMS = [greedy(NUM_TOKENS) for _ in PROMPTS] + [constrained(greedy(NUM_TOKENS), grammar) for grammar in GRAMMARS]
+PLAIN = len(PROMPTS)
+PROMPTS += [_rng.integers(3, 320, size).tolist() for size in (3, 17, 33, 8)] + [[*_shared, 7]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ WAYS = {
     "speculative": Way(config=SPECULATIVE, told=True),
     "speculative, synchronous": Way(config=SPECULATIVE | {"async_scheduling": False}, told=True),
     "speculative, chunked": Way(
-        config=SPECULATIVE | {"max_num_batched_tokens": 8, "token_buckets": (8,), "enable_prefix_caching": False},
+        config=SPECULATIVE | {"max_num_batched_tokens": 12, "token_buckets": (12,), "enable_prefix_caching": False},
         told=True,
     ),
     "speculative, prefix-cached": Way(config=SPECULATIVE, told=True, repeat=True, must_hit_cache=True),
@@ -72,12 +78,13 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_llama(tmp_path_factory.mktemp("tiny-llama"))
+    return write_tokenizer(save_random_llama(tmp_path_factory.mktemp("tiny-llama")))
 
 
 @pytest.fixture(scope="module")
 def wanted(checkpoint: Path) -> list[list[int]]:
-    return transformers_greedy(checkpoint, PROMPTS, NUM_TOKENS)
+    plain = transformers_greedy(checkpoint, PROMPTS[:PLAIN], NUM_TOKENS)
+    return plain + masked_greedy(checkpoint, PROMPTS[PLAIN:], GRAMMARS, NUM_TOKENS)
 
 
 @pytest.fixture
@@ -94,13 +101,12 @@ def core(
 
 @pytest.mark.parametrize(("core", "way"), [(way, way) for way in WAYS.values()], ids=WAYS.keys(), indirect=["core"])
 def test_greedy_tokens_are_those_of_transformers(core: EngineCore, way: Way, wanted: list[list[int]]) -> None:
-    params = greedy(NUM_TOKENS)
     given: list[list[int]] = []
     for _ in range(2 if way.repeat else 1):
         if way.one_by_one:
-            given = [tokens(run(core, [prompt], params)[0]) for prompt in PROMPTS]
+            given = [tokens(run(core, [prompt], params)[0]) for prompt, params in zip(PROMPTS, PARAMS, strict=True)]
         else:
-            given = [tokens(deltas) for deltas in run(core, PROMPTS, params)]
+            given = [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)]
         assert given == wanted
     stats = core.stats()
     assert stats.num_preemptions > 0 or not way.must_preempt

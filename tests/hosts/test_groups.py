@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -182,6 +183,18 @@ def test_seeds_logprobs_and_penalties_work_on_two_hosts(two_hosts):
             texts.add(completion.choices[0].text)
             assert completion.choices[0].logprobs is not None
     assert len(texts) == 1
+
+
+def test_every_host_makes_the_same_masks(two_hosts):
+    with client(two_hosts) as api:
+        (model,) = api.models.list().data
+        completion = api.completions.create(
+            model=model.id, prompt="abc", max_tokens=30, seed=3, n=4,
+            extra_body={"structured_outputs": {"regex": "([a-f]{3}[0-9] ){2,4}end"}},
+        )  # fmt: skip
+    texts = [choice.text for choice in completion.choices]
+    assert [text for text in texts if not re.fullmatch("([a-f]{3}[0-9] ){2,4}end", text)] == []
+    assert len(set(texts)) > 1
 
 
 @pytest.mark.parametrize("death", DEATHS, ids=lambda death: death.name)

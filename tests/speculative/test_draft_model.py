@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.errors import ConfigError
 from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.structured.grammar_text import grammar_text
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.tokenizer.vocabulary import first_difference
 from jaxserve.weights.source import resolve_source
 from tests.checkpoints import save_random_llama
-from tests.e2e.tiny_model import write_config
+from tests.e2e.tiny_model import write_config, write_tokenizer
 from tests.harness import greedy, run, tiny_config, tokens
+from tests.structured.requests import CONSTRAINTS, constrained
 
 NUM_TOKENS = 24
 _rng = np.random.default_rng(13)
@@ -40,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The model; one that nearly agrees with it; one of another shape that does not."""
     from safetensors.numpy import load_file, save_file
 
-    model = save_random_llama(tmp_path_factory.mktemp("model"))
+    model = write_tokenizer(save_random_llama(tmp_path_factory.mktemp("model")))
     near = tmp_path_factory.mktemp("near")
     numbers = np.random.default_rng(1)
     weights = load_file(model / "model.safetensors")
@@ -97,6 +101,18 @@ def test_the_model_itself_guesses_every_token_right(folders, wanted, changes) ->
 
 def test_a_model_that_nearly_agrees_saves_steps_and_changes_no_answer(folders, wanted) -> None:
     assert 0.2 < check(drafting(folders, "near"), wanted) < 0.95
+
+
+def test_a_draft_model_knows_no_grammar_and_changes_no_answer(folders) -> None:
+    params = [constrained(PARAMS[1], CONSTRAINTS["json"]), constrained(PARAMS[2], CONSTRAINTS["regex"]), PARAMS[4]]
+    params.append(replace(PARAMS[3], structured_outputs_grammar=grammar_text(StructuredOutputsParams(regex="(.|\n)*"))))
+    answers = []
+    for core in (EngineCore(tiny_config(str(folders["itself"]))), drafting(folders, "near")):
+        answers.append([tokens(deltas) for deltas in run(core, PROMPTS[:4], params)])
+        core.shutdown()
+        stats = core.stats()
+    assert answers[0] == answers[1]
+    assert 10 < stats.drafts.num_accepted_tokens < stats.drafts.num_draft_tokens
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])

@@ -12,14 +12,20 @@ from jaxserve.engine import drafting
 from jaxserve.engine.core import EngineCore
 from jaxserve.outputs import FinishReason
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.structured.grammar_text import grammar_text
+from jaxserve.structured_outputs import StructuredOutputsParams
 from tests.checkpoints import TINY, save_random_llama
+from tests.e2e.tiny_model import write_tokenizer
 from tests.harness import greedy, run, tiny_config, tokens
 from tests.speculative.oracle import Oracle
+from tests.structured.requests import CONSTRAINTS, constrained
 
 NUM_TOKENS = 24
 _rng = np.random.default_rng(11)
 PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 16, 33, 70)]
 SPECULATIVE = {"speculative_config": {"method": "ngram", "num_speculative_tokens": 5, "adaptive": False}}
+
+LETTERS = grammar_text(StructuredOutputsParams(regex="([a-z]|[A-Z]{2}|[0-9]{3} |..x)*"))
 
 SAMPLED = {
     "temperature": {"temperature": 0.8},
@@ -34,13 +40,16 @@ SAMPLED = {
     "logprobs": {"logprobs": 3},
     "bad words": {"bad_words_token_ids": [[7], [9, 11]]},
     "allowed": {"allowed_token_ids": list(range(5, 60))},
+    "grammar": {"structured_outputs_grammar": LETTERS, "temperature": 1.5},
+    "grammar and others": {"structured_outputs_grammar": LETTERS, "top_k": 30, "frequency_penalty": 0.3, "logprobs": 2},
+    "grammar that ends": {"structured_outputs_grammar": grammar_text(CONSTRAINTS["grammar"]), "top_p": 0.95},
     "all at once": {"temperature": 1.3, "top_p": 0.9, "min_p": 0.02, "frequency_penalty": 0.5, "logprobs": 0},
 }
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_llama(tmp_path_factory.mktemp("tiny-llama"))
+    return write_tokenizer(save_random_llama(tmp_path_factory.mktemp("tiny-llama")))
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +115,7 @@ def test_a_seed_gives_the_same_answer_with_drafts_as_without(plain, speculative,
 
 
 def test_requests_of_all_kinds_side_by_side_are_the_same(plain, speculative) -> None:
-    kinds = [{"temperature": 0.0}, *list(SAMPLED.values())[-4:]]
+    kinds = [{"temperature": 0.0}, *(SAMPLED[name] for name in ("bad words", "allowed", "grammar", "all at once"))]
     params = [
         SamplingParams(**({"max_tokens": NUM_TOKENS - 3 * index, "ignore_eos": True, "seed": 7} | kind))
         for index, kind in enumerate(kinds)
@@ -144,7 +153,11 @@ def test_drafts_are_accepted_in_one_chunk_of_several_tokens(plain, speculative) 
     ids=["two devices", "two data shards", "preempted", "chunked", "synchronous"],
 )
 def test_greedy_answers_are_the_same_however_the_engine_runs(plain, checkpoint, monkeypatch, changes) -> None:
-    params = [greedy(NUM_TOKENS), greedy(NUM_TOKENS), *(greedy(NUM_TOKENS, frequency_penalty=0.3) for _ in range(3))]
+    params = [greedy(NUM_TOKENS), *(greedy(NUM_TOKENS, frequency_penalty=0.3) for _ in range(2))]
+    params += [
+        greedy(NUM_TOKENS, structured_outputs_grammar=LETTERS),
+        constrained(greedy(NUM_TOKENS), CONSTRAINTS["json"]),
+    ]
     wanted = [tokens(deltas) for deltas in answers(plain, params, "ways")]
     oracle = Oracle([prompt + answer for prompt, answer in zip(PROMPTS, wanted, strict=True)], vocab_size=320)
     monkeypatch.setattr(drafting, "NgramProposer", lambda **settings: oracle)

@@ -22,7 +22,8 @@ from jaxserve.config_parallel import parse_address
 from jaxserve.engine.hosts.session import HostSession
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve.parallel.multihost import join_hosts
-from jaxserve.runner.model_runner import PendingStep, Runner
+from jaxserve.runner.model_runner import Runner
+from jaxserve.runner.pending import PendingStep
 from jaxserve.scheduler.plan import StepPlan
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from jaxserve.engine.hosts.plans import FollowingHosts
 from jaxserve.engine.startup import start
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import EngineRequest
-from jaxserve.runner.model_runner import PendingStep
+from jaxserve.runner.pending import PendingStep
 
 PLAN_POLL_MS = 100  # how long to wait for a plan before looking for other messages
 

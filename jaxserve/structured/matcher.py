@@ -1,0 +1,42 @@
+"""`GrammarMatcher`: one sequence's way through its grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llguidance import LLMatcher
+
+
+class GrammarMatcher:
+    """Knows what may come next. What goes wrong (a limit, mostly) is kept in `error`, and nothing is raised.
+
+    # tokens   { " a " : 3 } | end        ended: from here on only end tokens may follow
+    #                   is_accepting
+    """
+
+    def __init__(self, matcher: LLMatcher, end_ids: Iterable[int]) -> None:
+        """`end_ids` may follow where the grammar is satisfied, and end it: EOS, and what else stops the sequence."""
+        self.inner = matcher
+        self.end_ids = frozenset(end_ids)
+        self.has_ended = False
+        self.num_tokens = 0  # taken in so far
+
+    @property
+    def error(self) -> str:
+        """Why nothing can follow; "" where all is well."""
+        return self.inner.get_error() if self.inner.is_error() else ""
+
+    def consume(self, token_ids: Sequence[int]) -> None:
+        """Go on by some tokens of the sequence."""
+        self.num_tokens += len(token_ids)
+        for token_id in token_ids:
+            if self.has_ended or self.inner.is_error():
+                return
+            if token_id in self.end_ids and self.inner.is_accepting():
+                self.has_ended = True
+            else:
+                self.inner.consume_token(token_id)
+
+    def count_valid(self, token_ids: Sequence[int]) -> int:
+        """How many of these tokens may come next, one after the other; the matcher stays where it is."""
+        return 0 if self.has_ended else self.inner.validate_tokens(list(token_ids))
