@@ -35,6 +35,7 @@ def write_tokenizer(folder: Path) -> Path:
 def write_config(folder: Path) -> Path:
     """Make a model folder of a config alone; `--load-format dummy` makes up its weights."""
     folder.mkdir(parents=True)
-    config = TINY | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    words = {"vocab_size": 257}  # those that the tokenizer has: every token that a model makes is text
+    config = TINY | words | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(config))
     return write_tokenizer(folder)

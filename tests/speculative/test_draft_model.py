@@ -112,7 +112,7 @@ def test_a_draft_model_knows_no_grammar_and_changes_no_answer(folders) -> None:
         core.shutdown()
         stats = core.stats()
     assert answers[0] == answers[1]
-    assert 10 < stats.drafts.num_accepted_tokens < stats.drafts.num_draft_tokens
+    assert 0 < stats.drafts.num_accepted_tokens < stats.drafts.num_draft_tokens
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])
