@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.nesting import is_deeper_than
 
 MAX_CONSTRAINT_CHARS = 2**18  # of a schema, an expression, a grammar, or all choices together
 MAX_CHOICES = 4096
@@ -55,7 +56,7 @@ class StructuredOutputsParams:
                 raise InvalidRequestError(
                     f"choice takes at most {MAX_CHOICES} texts, got {len(self.choice)}", param=_PARAM
                 )
-        if isinstance(self.json, dict) and _is_deep(self.json):
+        if isinstance(self.json, dict) and is_deeper_than(self.json, MAX_SCHEMA_DEPTH):
             raise InvalidRequestError(
                 f"a JSON schema must not be nested more than {MAX_SCHEMA_DEPTH} levels deep", param=_PARAM
             )
@@ -79,17 +80,3 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "disable_additional_properties": (bool,),
     "whitespace_pattern": (str,),
 }
-
-
-def _is_deep(schema: dict[str, Any]) -> bool:
-    level: list[Any] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [
-            inner
-            for item in level
-            for inner in (item.values() if isinstance(item, dict) else item)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True

@@ -26,6 +26,7 @@ VOCABULARY = (
     "jaxserve.config_speculative",
     "jaxserve.config_values",
     "jaxserve.errors",
+    "jaxserve.nesting",
     "jaxserve.outputs",
     "jaxserve.request",
     "jaxserve.sampling_params",

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, PlainValidator, WithJsonSchema
 
+from jaxserve.nesting import is_deeper_than
+
 MAX_PROMPTS = 1024  # a request; more belong in several requests
 MAX_DEPTH = 32  # of free-form objects
 _TOKEN_ID = re.compile(r"\d{1,10}", re.ASCII)
@@ -55,17 +57,9 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
 
 def check_depth(value: dict[str, Any]) -> dict[str, Any]:
     """Return a free-form object as it is, unless it is nested so deeply that copying it could fail."""
-    level: list[Any] = [value]
-    for _ in range(MAX_DEPTH):
-        level = [
-            inner
-            for item in level
-            for inner in (item.values() if isinstance(item, dict) else item)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return value
-    raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
+    if is_deeper_than(value, MAX_DEPTH):
+        raise ValueError(f"must not be nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 FreeObject = Annotated[dict[str, Any], AfterValidator(check_depth)]
