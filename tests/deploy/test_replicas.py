@@ -206,6 +206,8 @@ async def test_a_killed_replica_loses_no_request(deployment, ray_cluster, engine
 
 
 async def test_a_killed_engine_process_loses_no_request_either(deployment, ray_cluster, engine):
+    # Serve may not have heard yet of the replica that was killed, and say that all run.
+    wait_for(lambda: len(ray_cluster.processes(ENGINE_TITLE)) == NUM_REPLICAS, 90, "a new replica's process")
     wait_for(lambda: ready(deployment)["detail"] == f"engines: {NUM_REPLICAS} running", 90, "a new replica")
     prompts = [prompt(number) for number in range(24)]
     texts, _ = expected(engine, prompts, 60)
