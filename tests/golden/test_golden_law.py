@@ -65,7 +65,8 @@ WAYS = {
     "speculative": Way(config=SPECULATIVE, told=True),
     "speculative, synchronous": Way(config=SPECULATIVE | {"async_scheduling": False}, told=True),
     "speculative, chunked": Way(
-        config=SPECULATIVE | {"max_num_batched_tokens": 12, "token_buckets": (12,), "enable_prefix_caching": False},
+        config=SPECULATIVE  # with few enough rows that a chunk has room for drafts of every one of them
+        | {"max_num_batched_tokens": 12, "token_buckets": (12,), "max_num_seqs": 3, "enable_prefix_caching": False},
         told=True,
     ),
     "speculative, prefix-cached": Way(config=SPECULATIVE, told=True, repeat=True, must_hit_cache=True),
