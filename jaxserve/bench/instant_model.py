@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import AttentionBackend, AttentionInputs
+from jaxserve.layers.attention import AttentionBackend, StepInputs
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.parameter import parameter
 from jaxserve.layers.rope import RopeConfig
@@ -54,12 +54,12 @@ class InstantModel(nnx.Module):
         self.hidden_size, self.vocab_size = config.hidden_size, config.padded_vocab_size
 
     def hidden_states(
-        self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: AttentionInputs
+        self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: StepInputs
     ) -> tuple[jax.Array, jax.Array | None, list[LayerCache]]:
         read = reduce(add, (value[...] for value in (*self.layers, self.norm)), self.embedding[...])
         return jnp.broadcast_to(read, (len(token_ids), self.hidden_size)), None, list(caches)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
         return jnp.broadcast_to(hidden[:, :1] * self.embedding[...], (len(hidden), self.vocab_size))
 
     @staticmethod

@@ -21,13 +21,14 @@ from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.paged_attention import AttentionGeometry, AttentionMetadata, paged_attention
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["metadata", "kv_slots"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["metadata", "kv_slots", "num_tokens"], meta_fields=[])
 @dataclass(frozen=True)
-class AttentionInputs:
-    """What every layer's attention needs to know of the step's batch."""
+class StepInputs:
+    """What every layer needs to know of the step's batch."""
 
     metadata: AttentionMetadata
     kv_slots: jax.Array  # i32[tokens], where each token's K and V go: block * block_size + offset
+    num_tokens: jax.Array  # i32[], behind which all is padding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,18 +88,19 @@ class Attention(nnx.Module):
         x: Float[Array, "tokens in_features"],
         cache: LayerCache,
         angles: Rotation,
-        inputs: AttentionInputs,
+        inputs: StepInputs,
         *,
         residual: Float[Array, "tokens hidden"],
         norm: RMSNorm | None = None,
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         """`residual + attention(norm(x))`, and the cache with this step's K and V."""
-        qkv = self.qkv(x, norm=norm)  # [tokens, kv_heads, group + 2, head_dim]
+        qkv = self.qkv(x, norm=norm, num_tokens=inputs.num_tokens)  # [tokens, kv_heads, group + 2, head_dim]
         attended, cache = self._attend(qkv, angles, cache, inputs)
-        return self.out(attended.reshape(x.shape[0], -1), residual=residual), cache
+        attended = attended.reshape(x.shape[0], -1)
+        return self.out(attended, residual=residual, num_tokens=inputs.num_tokens), cache
 
     def _attend(
-        self, qkv: jax.Array, angles: Rotation, cache: LayerCache, inputs: AttentionInputs
+        self, qkv: jax.Array, angles: Rotation, cache: LayerCache, inputs: StepInputs
     ) -> tuple[jax.Array, LayerCache]:
         run = partial(
             _rotate_write_attend,
@@ -122,7 +124,7 @@ def _rotate_write_attend(
     qkv: Float[Array, "tokens kv_heads parts head_dim"],
     angles: Rotation,
     cache: LayerCache,
-    inputs: AttentionInputs,
+    inputs: StepInputs,
     *,
     scale: float,
     sliding_window: int | None,

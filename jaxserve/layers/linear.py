@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.parameter import parameter
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import matmul, panel_rows
 
 
 def product(
@@ -23,10 +23,12 @@ def product(
     *,
     norm: RMSNorm | None = None,
     residual: Float[Array, "tokens hidden"] | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     panels: bool = False,
 ) -> Float[Array, "tokens ..."]:
     """`norm(x) @ weight.T + residual` over the last axis of x and weight, accumulated in float32.
 
+    Rows from `num_tokens` on are padding, which need not be computed.
     The weight is flattened to two axes first: of a product with more, XLA:CPU makes a transposed copy at every step.
     """
     y = matmul(
@@ -35,6 +37,7 @@ def product(
         out_dtype=out_dtype,
         implementation=numerics.products,
         residual=residual,
+        num_tokens=num_tokens,
         panels=panels,
         **_norm_settings(norm),
     )
@@ -47,6 +50,7 @@ def gated_product(
     numerics: Numerics,
     *,
     norm: RMSNorm | None = None,
+    num_tokens: Int[Array, ""] | None = None,
     panels: bool = False,
 ) -> Float[Array, "tokens out_features"]:
     """`silu(norm(x) @ weight[0].T) * (norm(x) @ weight[1].T)`."""
@@ -55,6 +59,7 @@ def gated_product(
         weight,
         out_dtype=numerics.gated,
         implementation=numerics.products,
+        num_tokens=num_tokens,
         panels=panels,
         **_norm_settings(norm),
     )
@@ -79,7 +84,7 @@ class Linear(nnx.Module):
         matrix_axes: int | None = None,
     ) -> None:
         """`matrix_axes`: how many last axes of the weight one product takes, where not all of them."""
-        self.panels = bool(numerics.panel_columns) and in_features % 2 == 0
+        self.panels = numerics.takes_panels(in_features)
         panels = (matrix_axes or len(axes)) if self.panels else None
         self.weight = parameter((*out_shape, in_features), axes, numerics.weights, matrix_axes=panels)
         self.bias = parameter(out_shape, axes[:-1], numerics.weights) if bias else None
@@ -91,6 +96,7 @@ class Linear(nnx.Module):
         *,
         norm: RMSNorm | None = None,
         residual: Float[Array, "tokens hidden"] | None = None,
+        num_tokens: Int[Array, ""] | None = None,
     ) -> Float[Array, "tokens ..."]:
         """`norm` is applied to x first, `residual` added last: fused with the product where its kernel can."""
         numerics = self.numerics
@@ -101,21 +107,29 @@ class Linear(nnx.Module):
             numerics.activations,
             norm=norm,
             residual=residual,
+            num_tokens=num_tokens,
             panels=self.panels,
         )
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
 class Embedding(nnx.Module):
-    """Token vectors; the same weight serves as the head of models with tied embeddings."""
+    """Token vectors; the same weight serves as the head of models with tied embeddings, and lies as a head's does."""
 
     def __init__(self, vocab_size: int, hidden_size: int, *, numerics: Numerics) -> None:
-        self.weight = parameter((vocab_size, hidden_size), ("vocab", None), numerics.weights)
+        self.panels = numerics.takes_panels(hidden_size) and vocab_size * hidden_size < 2**31  # see `panel_rows`
+        matrix_axes = 2 if self.panels else None
+        self.weight = parameter((vocab_size, hidden_size), ("vocab", None), numerics.weights, matrix_axes=matrix_axes)
         self.numerics = numerics
 
     def __call__(self, token_ids: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        return self.weight[...][token_ids].astype(self.numerics.activations)
+        weight, numerics = self.weight[...], self.numerics
+        vectors = panel_rows(weight, token_ids, numerics.panel_columns) if self.panels else weight[token_ids]
+        return vectors.astype(numerics.activations)
 
-    def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
-        """Unnormalised scores over the vocabulary, float32."""
-        return product(hidden, self.weight[...], self.numerics, jnp.float32)
+    def logits(
+        self, hidden: Float[Array, "rows hidden"], num_rows: Int[Array, ""] | None = None
+    ) -> Float[Array, "rows vocab"]:
+        """Unnormalised scores over the vocabulary, float32; rows from `num_rows` on are padding."""
+        weight = self.weight[...]
+        return product(hidden, weight, self.numerics, jnp.float32, num_tokens=num_rows, panels=self.panels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.linear import Linear, gated_product
 from jaxserve.layers.norm import RMSNorm
@@ -33,11 +33,15 @@ class GatedMLP(nnx.Module):
         self.numerics = numerics
         self.down = Linear(ffn_size, (hidden_size,), axes=(None, "ffn"), numerics=numerics, bias=bias)
 
-    def __call__(self, x: Float[Array, "tokens hidden"], *, norm: RMSNorm) -> Float[Array, "tokens hidden"]:
-        """`x + mlp(norm(x))`."""
-        if self.gate_up.weight.shape[0] == 1 and self.gate_up.bias is None:
-            gated = gated_product(x, self.gate_up.weight[...][0], self.numerics, norm=norm, panels=self.gate_up.panels)
+    def __call__(
+        self, x: Float[Array, "tokens hidden"], *, norm: RMSNorm, num_tokens: Int[Array, ""] | None = None
+    ) -> Float[Array, "tokens hidden"]:
+        """`x + mlp(norm(x))`; tokens from `num_tokens` on are padding."""
+        gate_up = self.gate_up
+        if gate_up.weight.shape[0] == 1 and gate_up.bias is None:
+            weight = gate_up.weight[...][0]
+            gated = gated_product(x, weight, self.numerics, norm=norm, num_tokens=num_tokens, panels=gate_up.panels)
         else:
-            gate_up = self.gate_up(x, norm=norm)  # [tokens, shards, 2, ffn / shards]
-            gated = jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
-        return self.down(gated.reshape(x.shape[0], -1), residual=x)
+            parts = gate_up(x, norm=norm, num_tokens=num_tokens)  # [tokens, shards, 2, ffn / shards]
+            gated = jax.nn.silu(parts[:, :, 0]) * parts[:, :, 1]
+        return self.down(gated.reshape(x.shape[0], -1), residual=x, num_tokens=num_tokens)

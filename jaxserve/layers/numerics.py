@@ -24,7 +24,7 @@ class Numerics:
     activations: DTypeLike = jnp.float32
     products: MatmulImplementation = "xla"
     gated: DTypeLike = jnp.float32  # of what a gated product gives to the next one, which rounds it in any case
-    panel_columns: int = 0  # if not 0, weights of linear layers lie in panels of so many rows, see `to_panels`
+    panel_columns: int = 0  # if not 0, weights of products lie in panels of so many rows, see `to_panels`
 
     @classmethod
     def for_platform(cls, platform: str, weights: DTypeLike, *, native: bool = False) -> Numerics:
@@ -40,3 +40,7 @@ class Numerics:
                 panel_columns=panel_columns(weights),
             )
         return cls(weights=weights, activations=jnp.float32, products="xla_cpu")
+
+    def takes_panels(self, in_features: int) -> bool:
+        """Whether weights of so many features lie in panels."""
+        return bool(self.panel_columns) and in_features % 2 == 0

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.errors import CheckpointError
-from jaxserve.layers.attention import AttentionBackend, AttentionInputs
+from jaxserve.layers.attention import AttentionBackend, StepInputs
 from jaxserve.layers.numerics import Numerics
 from jaxserve.layers.rope import RopeConfig
 
@@ -141,7 +141,7 @@ class CausalLM(Protocol):
     def __init__(self, config: DecoderConfig, *, numerics: Numerics, backend: AttentionBackend) -> None: ...
 
     def hidden_states(
-        self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: AttentionInputs
+        self, token_ids: jax.Array, positions: jax.Array, caches: Sequence[LayerCache], inputs: StepInputs
     ) -> tuple[jax.Array, jax.Array | None, list[LayerCache]]:
         """(final normalised hidden states [tokens, hidden], features, the caches with this step's K and V written).
 
@@ -150,8 +150,8 @@ class CausalLM(Protocol):
         """
         ...
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """f32[rows, vocab] of hidden states [rows, hidden]."""
+    def logits(self, hidden: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+        """f32[rows, vocab] of hidden states [rows, hidden]; those from `num_rows` on are padding."""
         ...
 
     @staticmethod

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
 from jaxserve.errors import CheckpointError
-from jaxserve.layers.attention import Attention, AttentionBackend, AttentionInputs, AttentionShape
+from jaxserve.layers.attention import Attention, AttentionBackend, AttentionShape, StepInputs
 from jaxserve.layers.linear import Embedding, Linear
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
@@ -66,13 +66,13 @@ class Eagle3Layer(nnx.Module):
         cache: LayerCache,
         embedded: Float[Array, "tokens hidden"],
         angles: Rotation,
-        inputs: AttentionInputs,
+        inputs: StepInputs,
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         normed = self.hidden_norm(x)
         both = jnp.concatenate([self.attention_norm(embedded), normed], axis=-1)
         residual = normed if self.norm_before_residual else x
         x, cache = self.attention(both, cache, angles, inputs, residual=residual)
-        return self.mlp(x, norm=self.mlp_norm), cache
+        return self.mlp(x, norm=self.mlp_norm, num_tokens=inputs.num_tokens), cache
 
 
 class Eagle3(nnx.Module):
@@ -106,14 +106,16 @@ class Eagle3(nnx.Module):
         states: Float[Array, "tokens hidden"],
         positions: Int[Array, " tokens"],
         caches: Sequence[LayerCache],
-        inputs: AttentionInputs,
+        inputs: StepInputs,
     ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
         angles = jax.lax.optimization_barrier(rotation(self.rope, positions))
         xs, written = apply_layers(self.layers, states, caches, self.embedding(token_ids), angles, inputs)
         return xs[-1], written
 
-    def logits(self, states: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
-        logits = self.head.logits(self.norm(states))
+    def logits(
+        self, states: Float[Array, "rows hidden"], num_rows: Int[Array, ""] | None = None
+    ) -> Float[Array, "rows vocab"]:
+        logits = self.head.logits(self.norm(states), num_rows)
         if self.places is None:
             return logits
         places = self.places[...]

@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 import jax
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import AttentionBackend, AttentionInputs
+from jaxserve.layers.attention import AttentionBackend, StepInputs
 from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import DecoderConfig, WeightRule
 
@@ -54,7 +54,7 @@ class DraftHead(Protocol):
         states: jax.Array,
         positions: jax.Array,
         caches: Sequence[LayerCache],
-        inputs: AttentionInputs,
+        inputs: StepInputs,
     ) -> tuple[jax.Array, list[LayerCache]]:
         """(states [tokens, hidden] behind these tokens, the caches with their K and V).
 
@@ -62,8 +62,9 @@ class DraftHead(Protocol):
         """
         ...
 
-    def logits(self, states: jax.Array) -> jax.Array:
-        """f32[rows, vocab] over the model's vocabulary, -inf for tokens that are not in the head's own."""
+    def logits(self, states: jax.Array, num_rows: jax.Array | None = None) -> jax.Array:
+        """f32[rows, vocab] over the model's vocabulary, -inf for tokens that are not in the head's own; rows from
+        `num_rows` on are padding."""
         ...
 
     @staticmethod

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import Attention, AttentionBackend, AttentionInputs, AttentionShape
+from jaxserve.layers.attention import Attention, AttentionBackend, AttentionShape, StepInputs
 from jaxserve.layers.linear import Embedding
 from jaxserve.layers.mlp import GatedMLP
 from jaxserve.layers.norm import RMSNorm
@@ -53,10 +53,10 @@ class DecoderLayer(nnx.Module):
         )
 
     def __call__(
-        self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: AttentionInputs
+        self, x: Float[Array, "tokens hidden"], cache: LayerCache, angles: Rotation, inputs: StepInputs
     ) -> tuple[Float[Array, "tokens hidden"], LayerCache]:
         x, cache = self.attention(x, cache, angles, inputs, residual=x, norm=self.attention_norm)
-        return self.mlp(x, norm=self.mlp_norm), cache
+        return self.mlp(x, norm=self.mlp_norm, num_tokens=inputs.num_tokens), cache
 
 
 class Llama(nnx.Module):
@@ -80,15 +80,17 @@ class Llama(nnx.Module):
         token_ids: Int[Array, " tokens"],
         positions: Int[Array, " tokens"],
         caches: Sequence[LayerCache],
-        inputs: AttentionInputs,
+        inputs: StepInputs,
     ) -> tuple[Float[Array, "tokens hidden"], Float[Array, "tokens features"] | None, list[LayerCache]]:
         angles = jax.lax.optimization_barrier(rotation(self.rope, positions))  # once, not in each layer again
         xs, written = apply_layers(self.layers, self.embedding(token_ids), caches, angles, inputs)
         read = [xs[index] for index in self.feature_layers]
         return self.norm(xs[-1]), jnp.concatenate(read, axis=-1) if read else None, written
 
-    def logits(self, hidden: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
-        return (self.head or self.embedding).logits(hidden)
+    def logits(
+        self, hidden: Float[Array, "rows hidden"], num_rows: Int[Array, ""] | None = None
+    ) -> Float[Array, "rows vocab"]:
+        return (self.head or self.embedding).logits(hidden, num_rows)
 
     @staticmethod
     def weight_rules(config: DecoderConfig) -> list[WeightRule]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import AttentionBackend, AttentionInputs
+from jaxserve.layers.attention import AttentionBackend, StepInputs
 from jaxserve.layers.linear import Embedding, Linear
 from jaxserve.layers.norm import RMSNorm
 from jaxserve.layers.numerics import Numerics
@@ -64,16 +64,19 @@ class MiMoMTP(nnx.Module):
         states: Float[Array, "tokens hidden"],
         positions: Int[Array, " tokens"],
         caches: Sequence[LayerCache],
-        inputs: AttentionInputs,
+        inputs: StepInputs,
     ) -> tuple[Float[Array, "tokens hidden"], list[LayerCache]]:
         angles = jax.lax.optimization_barrier(rotation(self.rope, positions))
         embedded = jnp.where(positions[:, None] == 0, 0, self.embedding(token_ids))
-        x = self.projection(jnp.concatenate([self.hidden_norm(states), self.token_norm(embedded)], axis=-1))
+        both = jnp.concatenate([self.hidden_norm(states), self.token_norm(embedded)], axis=-1)
+        x = self.projection(both, num_tokens=inputs.num_tokens)
         xs, written = apply_layers(self.layers, x, caches, angles, inputs)
         return self.norm(xs[-1]), written
 
-    def logits(self, states: Float[Array, "rows hidden"]) -> Float[Array, "rows vocab"]:
-        return self.head.logits(states)
+    def logits(
+        self, states: Float[Array, "rows hidden"], num_rows: Int[Array, ""] | None = None
+    ) -> Float[Array, "rows vocab"]:
+        return self.head.logits(states, num_rows)
 
     @staticmethod
     def weight_rules(config: HeadConfig) -> list[WeightRule]:

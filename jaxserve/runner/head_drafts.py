@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 
 from jaxserve.runner.batch import BatchBuilder, HostStep
@@ -75,7 +77,8 @@ class HeadDrafts:
         """A draft of each row, two tokens behind the position of its state."""
         slots, positions = step.samples_of(states)
         variant, inputs = self._parameters.gather(slots, positions + 1)
-        batches = [SampleBatch(batch.samples.slots, batch.samples.positions + 1) for batch in step.batches]
+        batches = [SampleBatch.from_host(batch) for batch in step.batches]
+        batches = [replace(batch, positions=batch.positions + 1) for batch in batches]
         tokens, sampled = self._programs.draw(self._logit_params, self._states, tokens, batches, inputs, variant)
         places = {
             rows[index]: place for index, place in zip(step.sample_rows.tolist(), step.places.tolist(), strict=True)

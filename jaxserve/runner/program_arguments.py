@@ -73,7 +73,7 @@ class ProgramArguments:
             for bucket in shapes.buckets.all()
         }
         self.sample_packings = {
-            rows: Packing(SampleBatch(*(np.zeros(rows, np.int32) for _ in range(2))))
+            rows: Packing(SampleBatch(np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.int32(0)))
             for rows in shapes.buckets.row_sizes
         }
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxserve.cache.kv_cache import LayerCache
-from jaxserve.layers.attention import AttentionInputs
+from jaxserve.layers.attention import StepInputs
 from jaxserve.parallel.mesh import EVERYWHERE, TENSOR, partition_spec
 from jaxserve.runner.batch import HostBatch, padded
 from jaxserve.runner.model_graph import ModelGraph, Params
@@ -29,7 +29,7 @@ PROMPT_LOGPROB_ROWS = 64  # prompt positions scored at once
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["token_slots", "positions", "kv_slots", "row_slots", "sample_tokens", "metadata"],
+    data_fields=["token_slots", "positions", "kv_slots", "row_slots", "sample_tokens", "num_tokens", "metadata"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class ForwardBatch:
     kv_slots: jax.Array | np.ndarray  # i32[tokens]
     row_slots: jax.Array | np.ndarray  # i32[rows], whose block table each row has; 0 for padding
     sample_tokens: jax.Array | np.ndarray  # i32[rows], which of the tokens yield a new one
+    num_tokens: jax.Array | np.ndarray  # i32[], behind which all is padding
     metadata: AttentionMetadata  # without block tables
 
     @classmethod
@@ -52,13 +53,16 @@ class ForwardBatch:
             kv_slots=batch.kv_slots,
             row_slots=padded(batch.row_slots, batch.bucket.num_rows),
             sample_tokens=batch.samples.tokens,
+            num_tokens=np.int32(batch.num_tokens.sum()),
             metadata=batch.metadata,
         )
 
-    def attention_inputs(self, block_tables: Int[Array, "slots blocks_per_seq"]) -> AttentionInputs:
+    def attention_inputs(self, block_tables: Int[Array, "slots blocks_per_seq"]) -> StepInputs:
         """What all attention layers are told; `block_tables` are those of all slots."""
         metadata = self.metadata.with_tables(block_tables[self.row_slots])
-        return AttentionInputs(metadata=metadata, kv_slots=jnp.asarray(self.kv_slots))
+        return StepInputs(
+            metadata=metadata, kv_slots=jnp.asarray(self.kv_slots), num_tokens=jnp.asarray(self.num_tokens)
+        )
 
 
 def forward(
@@ -83,7 +87,7 @@ def forward(
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["slots", "positions"],
+    data_fields=["slots", "positions", "num_rows"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -92,11 +96,13 @@ class SampleBatch:
 
     slots: jax.Array | np.ndarray  # i32[rows]
     positions: jax.Array | np.ndarray  # i32[rows]
+    num_rows: jax.Array | np.ndarray  # i32[], behind which all is padding
 
     @classmethod
     def from_host(cls, batch: HostBatch) -> SampleBatch:
         """The sampler's share of a host batch."""
-        return cls(batch.samples.slots, batch.samples.positions)
+        samples = batch.samples
+        return cls(samples.slots, samples.positions, np.array(len(samples), np.int32))
 
 
 def sample_rows(
@@ -119,7 +125,7 @@ def sample_rows(
     def choose(logits: jax.Array, inputs: SamplingInputs, history: jax.Array | None, **split: Any) -> SampledTokens:
         return sample(logits, inputs, variant, history=history, **split)
 
-    sampled = _on_logits(graph, head, hidden, choose, inputs, history)
+    sampled = _on_logits(graph, head, hidden, batch.num_rows, choose, inputs, history)
     return tokens.at[batch.slots, batch.positions].set(sampled.token_ids), sampled
 
 
@@ -131,14 +137,19 @@ def score_prompt(
     target_ids: Int[Array, " positions"],
 ) -> SampledTokens:
     """Log-probabilities of known next tokens at some of the step's positions."""
-    return _on_logits(graph, head, hidden[indices], prompt_logprobs, target_ids)
+    return _on_logits(graph, head, hidden[indices], None, prompt_logprobs, target_ids)
 
 
 def _on_logits(
-    graph: ModelGraph, head: Params, hidden: jax.Array, function: Callable[..., SampledTokens], *whole: Any
+    graph: ModelGraph,
+    head: Params,
+    hidden: jax.Array,
+    num_rows: Any,
+    function: Callable[..., SampledTokens],
+    *whole: Any,
 ) -> SampledTokens:
     """`function` of the logits of `hidden`; where the vocabulary is split, of each device's part of them."""
-    logits = graph.bind(head).logits(hidden)
+    logits = graph.bind(head).logits(hidden, num_rows)
     shards = graph.vocabulary_shards
     run = partial(function, vocab_size=graph.config.vocab_size, shards=shards)
     if shards.count > 1:

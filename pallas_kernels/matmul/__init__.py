@@ -2,6 +2,6 @@
 
 from pallas_kernels.matmul.norm import rms_norm
 from pallas_kernels.matmul.op import matmul
-from pallas_kernels.matmul.panels import to_panels
+from pallas_kernels.matmul.panels import panel_rows, to_panels
 
-__all__ = ["matmul", "rms_norm", "to_panels"]
+__all__ = ["matmul", "rms_norm", "panel_rows", "to_panels"]

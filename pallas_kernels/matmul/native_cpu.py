@@ -39,6 +39,7 @@ def _call(
     narrow = weight.dtype == jnp.bfloat16
     takes_x = narrow and around.norm is None and x.dtype == jnp.bfloat16
     gives_y = narrow and around.residual is None and out_dtype == jnp.bfloat16
+    num_tokens = jnp.asarray(x.shape[0], jnp.int32) if around.num_tokens is None else around.num_tokens
     result = jax.ShapeDtypeStruct((x.shape[0], weight.shape[-2]), jnp.bfloat16 if gives_y else jnp.float32)
     y = native.call(
         "matmul",
@@ -47,6 +48,7 @@ def _call(
         weight,
         nothing if around.norm is None else around.norm,
         residual,
+        num_tokens,
         aliases=None if around.residual is None else {3: 0},
         epsilon=np.float32(around.epsilon),
         panels=panels,

@@ -36,12 +36,15 @@ def matmul(
     norm: jax.Array | None = None,  # [in_features]
     epsilon: float = 0.0,
     residual: jax.Array | None = None,  # [tokens, out_features] in out_dtype
+    num_tokens: jax.Array | None = None,  # i32[]
     panels: bool = False,
 ) -> jax.Array:
     """Returns [tokens, out_features] in `out_dtype`: x is rounded to the weight's dtype, sums are float32.
 
     With `norm`, x is `x / sqrt(mean(x^2) + epsilon) * norm` first. With a weight of three axes, y is
     `silu(x @ weight[0].T) * (x @ weight[1].T)`. With `residual`, y is added to it.
+    Rows of x from `num_tokens` on are padding: they may be left out, and nothing is said of their rows of y but that
+    they are finite.
 
     With `panels`, the weight's values lie as `to_panels(weight, native.panel_columns(weight.dtype))` has them: for
     "native_cpu", where these are not 0.
@@ -63,7 +66,7 @@ def matmul(
         )
     if panels and implementation != "native_cpu":
         raise ValueError(f"weights in panels are for 'native_cpu' alone, not {implementation!r}")
-    around = Surroundings(norm=norm, epsilon=epsilon, residual=residual)
+    around = Surroundings(norm=norm, epsilon=epsilon, residual=residual, num_tokens=num_tokens)
     around.check(x.shape, (x.shape[0], weight.shape[-2]))
     if panels:
         return matmul_panels(x, weight, out_dtype, around)

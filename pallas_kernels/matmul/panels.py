@@ -1,5 +1,7 @@
 """Weights in panels: rows side by side, so that a product of many tokens loads them as it needs them."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -24,3 +26,19 @@ def to_panels(weight: np.ndarray, columns: int) -> np.ndarray:
         panels[...] = matrix[:whole].reshape(-1, columns, depth).swapaxes(1, 2)
         out[whole * depth :].reshape(depth, -1)[...] = matrix[whole:].T
     return turned
+
+
+def panel_rows(weight: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
+    """`matrix[rows]` of a matrix whose panels `weight` [.., depth] holds: [count, depth]. Below 2**31 values.
+
+    >>> panel_rows(jnp.asarray(to_panels(np.arange(24.0, dtype=np.float32).reshape(12, 2), 8)), jnp.array([9, 3]), 8)
+    Array([[18., 19.],
+           [ 6.,  7.]], dtype=float32)
+    """
+    num_rows, depth = weight.shape
+    values = weight.reshape(-1, 4 // weight.dtype.itemsize)  # each with the neighbours that it stays with
+    units = depth // values.shape[1]
+    first = rows // columns * columns
+    width = jnp.minimum(columns, num_rows - first)
+    places = first * units + rows - first
+    return values[places[:, None] + jnp.arange(units) * width[:, None]].reshape(-1, depth)

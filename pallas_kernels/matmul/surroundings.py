@@ -1,9 +1,10 @@
-"""What a model does around a product: a norm before it, a gate and a residual stream behind it."""
+"""What a model does around a product: a norm before it, a gate and a residual stream behind it, padding below it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.matmul.norm import rms_norm
 
@@ -15,6 +16,7 @@ class Surroundings:
     norm: jax.Array | None  # [in_features]
     epsilon: float
     residual: jax.Array | None  # [tokens, out_features]
+    num_tokens: jax.Array | None  # i32[]; XLA computes padding all the same
 
     def check(self, x_shape: tuple[int, ...], y_shape: tuple[int, ...]) -> None:
         """Raises ValueError where shapes do not fit the product's."""
@@ -22,6 +24,8 @@ class Surroundings:
             raise ValueError(f"norm must be {list(x_shape[1:])}, got {list(self.norm.shape)}")
         if self.residual is not None and self.residual.shape != y_shape:
             raise ValueError(f"residual must be {list(y_shape)}, got {list(self.residual.shape)}")
+        if self.num_tokens is not None and (self.num_tokens.shape, self.num_tokens.dtype) != ((), jnp.int32):
+            raise ValueError(f"num_tokens must be int32[], got {self.num_tokens.dtype}{list(self.num_tokens.shape)}")
 
     def surround(
         self,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import native
-from pallas_kernels.matmul import matmul, to_panels
+from pallas_kernels.matmul import matmul, panel_rows, to_panels
 from pallas_kernels.matmul.cases import CASES
 from pallas_kernels.matmul.native_cpu import MAX_TOKENS
 from pallas_kernels.matmul.reference import matmul_reference
@@ -37,7 +37,7 @@ PRODUCTS = ("xla", "xla_cpu", "native_cpu", "panels")
 AROUND = ("plain", "norm", "gate", "residual", "norm residual")
 
 
-def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32):
+def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32, num_tokens=None):
     """The product with what `around` names; a gate takes both halves of the weight [2, ..], others one matrix."""
     matrix = weight if "gate" in around else weight.reshape(-1, weight.shape[-1])
     if kind == "panels":
@@ -50,6 +50,7 @@ def product_of(kind, around, x, weight, norm, residual, out_dtype=jnp.float32):
         norm=norm if "norm" in around else None,
         epsilon=1e-5,
         residual=residual if "residual" in around else None,
+        num_tokens=num_tokens,
         panels=kind == "panels",
     )
 
@@ -107,6 +108,39 @@ def test_a_row_gets_the_same_bits_alone_and_in_a_batch(depth, width, kind, dtype
         np.testing.assert_array_equal(product(start, stop), together[start:stop])
 
 
+@pytest.mark.parametrize("around", ["plain", "gate", "norm residual"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("xla", "float32")] + [(kind, dtype) for kind in ("native_cpu", "panels") for dtype in ("float32", "bfloat16")],
+)
+def test_rows_of_padding_change_nothing_and_stay_finite(kind, dtype, around):
+    skip_where_there_are_no_panels(kind, dtype)
+    rng = np.random.default_rng(3)
+    x, residual = (jnp.asarray(rng.standard_normal((40, size)), jnp.float32) for size in (96, 2 * 83))
+    weight, norm = jnp.asarray(rng.standard_normal((2, 83, 96)), dtype), jnp.ones(96, dtype)
+
+    def product(num_tokens):
+        y = product_of(kind, around, x, weight, norm, residual, jnp.dtype(dtype), num_tokens)
+        return np.asarray(y.astype(jnp.float32))
+
+    whole = product(None)
+    for count in (0, 1, 15, 33, 40):
+        y = product(jnp.int32(count))
+        np.testing.assert_array_equal(y[:count], whole[:count])
+        assert np.isfinite(y[count:]).all()
+        if kind != "xla" and "residual" not in around:  # they were left out
+            np.testing.assert_array_equal(y[count:], 0)
+
+
+@pytest.mark.parametrize(("num_rows", "depth"), [(7, 6), (64, 10), (83, 4)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_found_in_panels(dtype, num_rows, depth):
+    weight = jnp.asarray(np.random.default_rng(4).standard_normal((num_rows, depth)), dtype)
+    panels = jnp.asarray(to_panels(np.asarray(weight), 32))
+    rows = jnp.asarray([num_rows - 1, 0, 5, 5, num_rows // 2])
+    np.testing.assert_array_equal(np.asarray(panel_rows(panels, rows, 32)), np.asarray(weight[rows]))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.in_features % 2 == 0], ids=lambda case: case.name)
 def test_weights_in_panels_agree_with_the_reference(case):
     skip_where_there_are_no_panels("panels", case.dtype)
@@ -153,6 +187,8 @@ def test_wrong_arguments_are_refused():
         matmul(x, weight, out_dtype=jnp.float32, implementation="xla", residual=jnp.ones((4, 15)))
     with pytest.raises(ValueError, match="norm must be"):
         matmul(x, weight, out_dtype=jnp.float32, implementation="native_cpu", norm=jnp.ones(16))
+    with pytest.raises(ValueError, match="num_tokens must be int32"):
+        matmul(x, weight, out_dtype=jnp.float32, implementation="xla", num_tokens=jnp.float32(3))
     with pytest.raises(ValueError, match="panels are for 'native_cpu' alone"):
         matmul(x, weight, out_dtype=jnp.float32, implementation="xla", panels=True)
     with pytest.raises(NotImplementedError, match="no weights of float16 in panels"):

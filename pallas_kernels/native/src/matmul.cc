@@ -44,7 +44,8 @@ void multiply(ffi::ThreadPool& pool, const Product& product, const void* x_data,
 }
 
 ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer norm,
-                  ffi::Buffer<ffi::F32> residual, ffi::Result<ffi::AnyBuffer> y, float epsilon, bool panels) {
+                  ffi::Buffer<ffi::F32> residual, ffi::BufferR0<ffi::S32> num_rows, ffi::Result<ffi::AnyBuffer> y,
+                  float epsilon, bool panels) {
   const bool gated = w.dimensions().size() == 3;
   std::vector<float> wide_norm;
   const float* norm_values = nullptr;
@@ -55,8 +56,9 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
     for (size_t i = 0; i < norm.element_count(); ++i) wide_norm.push_back(widen(from[i]));
     norm_values = wide_norm.data();
   }
+  const int64_t all_rows = x.dimensions()[0];
   const Product product = {
-      x.dimensions()[0],
+      std::clamp<int64_t>(num_rows.typed_data()[0], 0, all_rows),
       x.dimensions()[1],
       y->dimensions()[1],
       norm_values,
@@ -67,6 +69,13 @@ ffi::Error Matmul(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi:
   const bool wide_x = x.element_type() == ffi::F32, wide_y = y->element_type() == ffi::F32;
   const void *const from = x.untyped_data(), *const weights = w.untyped_data();
   void* const to = y->untyped_data();
+  if (product.residual && product.residual != to)
+    return ffi::Error::Internal("matmul: the residual stream was copied, where it should be added to in place");
+  if (!product.residual) {  // there, rows of padding stay what they are
+    const int64_t row_bytes = product.columns * (wide_y ? 4 : 2);
+    std::memset(static_cast<char*>(to) + product.rows * row_bytes, 0, (all_rows - product.rows) * row_bytes);
+  }
+  if (!product.rows) return ffi::Error::Success();
   if (product.norm && !wide_x) return ffi::Error::InvalidArgument("matmul: rows to be normalised must be float32");
   if (panels && !jaxserve_panel_columns(w.element_type() == ffi::F32 ? 4 : 2))
     return ffi::Error::InvalidArgument("matmul: this processor does not take these weights in panels");
@@ -94,6 +103,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_matmul, Matmul,
                                   .Arg<ffi::AnyBuffer>()           // w [columns, depth], or gated [2, columns, depth]
                                   .Arg<ffi::AnyBuffer>()           // norm [depth], float32 or bfloat16, or [0]
                                   .Arg<ffi::Buffer<ffi::F32>>()    // residual [rows, columns], or [0]
+                                  .Arg<ffi::BufferR0<ffi::S32>>()  // rows, behind which x is padding
                                   .Ret<ffi::AnyBuffer>()           // y [rows, columns]
                                   .Attr<float>("epsilon")
                                   .Attr<bool>("panels"));          // how w lies: see matmul_panels.h

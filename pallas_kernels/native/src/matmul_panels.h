@@ -115,7 +115,8 @@ template <class W>
 inline void multiply_rows(int64_t rows, int64_t depth, const float* x, const float* panel, int64_t count, float* room,
                           float* sums_of) {
   constexpr int64_t kParts = Unit<W>::kParts;
-  const bool few = rows > 1 && rows <= kFewPanelRows;  // a single one passes over the panel once, in order
+  // Few rows use a panel's parts again and again; those that go through at once pass over it in order.
+  const bool few = rows > kPanelRows && rows <= kFewPanelRows;
   const int64_t most = few ? kFewDepth : kPanelDepth, ahead = few ? kFewDepth * kPanelColumns : 0;
   for (int64_t at = 0; at < depth; at += most) {
     const int64_t deep = std::min(most, depth - at);

@@ -9,10 +9,10 @@ namespace jaxserve {
 
 // y [rows, columns] = x [rows, depth] @ w.T, where w is [columns, depth], or if `gated` [2, columns, depth].
 struct Product {
-  int64_t rows, depth, columns;
+  int64_t rows, depth, columns;  // rows without those of padding
   const float* norm;      // [depth]: x is x / rms(x) * norm; or nullptr
   float epsilon;          // of rms
-  const float* residual;  // [rows, columns]: added to y, may be y itself; or nullptr
+  const float* residual;  // [rows, columns]: y itself, which is added to; or nullptr
   bool gated;             // y = silu(first half) * second half
 };
 
