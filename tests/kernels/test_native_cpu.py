@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import native
 from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.kv_write.reference import rotate_and_write_reference
 from pallas_kernels.native import UnavailableError
@@ -97,8 +96,6 @@ def test_a_step_of_three_layers_copies_no_pool(dtype, num_tokens):
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_query_gets_the_same_bits_alone_in_a_batch_and_in_a_prompt(dtype, window):
-    if window and not (dtype == "bfloat16" and native.has_tiles()):
-        pytest.skip("without tiles, chunks begin where the window of a prompt's first query does")
     geometry = AttentionGeometry(q_heads=3, kv_heads=1, head_dim=64, block_size=16, dtype=dtype)
     rng = np.random.default_rng(3)
     values = rng.standard_normal((2, *pool_shape(40, 16, 1, 64))).astype(logical_dtype(pool_dtype(dtype, "cpu")))
@@ -126,6 +123,42 @@ def test_a_query_gets_the_same_bits_alone_in_a_batch_and_in_a_prompt(dtype, wind
         np.testing.assert_array_equal(attended([1] * rows, list(range(480, 480 + rows))), together[:rows])
     for tokens in (7, 32):
         np.testing.assert_array_equal(attended([tokens], [479 + tokens]), together[:tokens])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_share_blocks_get_the_bits_they_have_alone(dtype):
+    """Decodes in no order: of two prefixes, some with one chunk of 64 in common, some with several, some with none."""
+    geometry = AttentionGeometry(q_heads=4, kv_heads=2, head_dim=64, block_size=16, dtype=dtype)
+    rng = np.random.default_rng(5)
+    first, second = np.arange(1, 21), np.arange(21, 41)
+    kv_lens = [320, 130, 70, 64, 65, 200, 320, 10, 127, 128, 129, 300, 310, 81, 320, 320]
+    num_shared = [20, 8, 4, 3, 4, 0, 12, 0, 7, 8, 8, 12, 16, 5, 20, 19]  # leading blocks that are the prefix's
+    tables, own = np.zeros((len(kv_lens), 20), np.int32), 41
+    for row, (kv_len, shared) in enumerate(zip(kv_lens, num_shared, strict=True)):
+        blocks = -(-kv_len // 16)
+        tables[row, :shared] = (first if row % 3 else second)[:shared]
+        tables[row, shared:blocks] = np.arange(own, own + blocks - shared)
+        own += blocks - shared
+    values = rng.standard_normal((2, *pool_shape(own, 16, 2, 64))).astype(logical_dtype(pool_dtype(dtype, "cpu")))
+    pools = [jnp.asarray(value.view(pool_dtype(dtype, "cpu"))) for value in values]
+    queries = jnp.asarray(rng.standard_normal((len(kv_lens), 4, 64)), jnp.float32)
+
+    def attended(rows: list[int]) -> np.ndarray:
+        metadata = build_metadata(
+            [1] * len(rows),
+            [kv_lens[row] for row in rows],
+            tables[rows],
+            geometry=geometry,
+            implementation="native_cpu",
+            num_tokens=len(rows),
+            num_rows=len(rows),
+        )
+        return np.asarray(paged_attention(queries[np.array(rows)], *pools, metadata, scale=0.125))
+
+    together = attended(list(range(len(kv_lens))))
+    for row in range(len(kv_lens)):
+        np.testing.assert_array_equal(attended([row])[0], together[row])
+    assert len({out.tobytes() for out in together}) == len(kv_lens)
 
 
 def test_the_library_is_compiled_once_and_kept():

@@ -162,8 +162,9 @@ inline Softened soften_rows(const Batch& batch, int64_t first, int64_t tiles, co
 inline void attend_tiles(const Batch& batch, const Item& item, const float* q, const uint16_t* k_pool,
                          const uint16_t* v_pool, float* out) {
   static thread_local TileWork work;
+  const Part& part = *item.parts;  // its only one
   const int64_t group = batch.group(), depth = batch.head_dim, steps = depth / kDeep;
-  const int64_t queries = item.tokens * group, blocks = (queries + kTile - 1) / kTile;
+  const int64_t queries = part.tokens * group, blocks = (queries + kTile - 1) / kTile;
   const int64_t stride = batch.kv_heads * depth;  // of positions in a block of the pool
   work.scores.resize(kChunk * kTile + kTile);
   work.out.assign(blocks * kTile * depth, 0.0f);
@@ -171,13 +172,13 @@ inline void attend_tiles(const Batch& batch, const Item& item, const float* q, c
   uint16_t *const q_tiles = work.q.of(blocks * kTile * depth), *const v_tiles = work.v.of(kChunk * depth),
            *const p_tiles = work.p.of(kChunkSteps * kTileValues);
   auto place = [&](int64_t query) {  // of a query's head in q and in out
-    return ((item.token + query / group) * batch.q_heads + item.head * group + query % group) * depth;
+    return ((part.token + query / group) * batch.q_heads + item.head * group + query % group) * depth;
   };
   for (int64_t b = 0; b < blocks; ++b) {
     const int64_t count = std::min(kTile, queries - b * kTile);
     for (int64_t i = 0; i < kTile; ++i) {
       work.blocks[b].position[i] =
-          i < count ? static_cast<int32_t>(item.position + (b * kTile + i) / group) : int32_t{-1};
+          i < count ? static_cast<int32_t>(part.position + (b * kTile + i) / group) : int32_t{-1};
       if (i < count) round_floats(q + place(b * kTile + i), depth, v_tiles + i * depth);  // room that is free yet
     }
     for (int64_t step = 0; step < steps; ++step)
@@ -186,9 +187,9 @@ inline void attend_tiles(const Batch& batch, const Item& item, const float* q, c
     work.blocks[b].total = Vec{};
   }
 
-  const int32_t* table = batch.block_tables + item.row * batch.blocks_per_seq;
-  const int64_t end = item.position + item.tokens;
-  const int64_t seen = batch.window ? std::max<int64_t>(0, item.position - batch.window + 1) : 0;
+  const int32_t* table = batch.table(part.row);
+  const int64_t end = part.end();
+  const int64_t seen = batch.window ? std::max<int64_t>(0, part.position - batch.window + 1) : 0;
   const uint16_t *keys[kChunkTiles], *values[kChunkTiles], *next_keys[kChunkTiles], *next_values[kChunkTiles];
   // Where the tiles of a chunk's keys and values begin; they are asked for a chunk ahead, since blocks lie anywhere.
   auto find = [&](int64_t first, const uint16_t** k, const uint16_t** v) {
@@ -214,7 +215,7 @@ inline void attend_tiles(const Batch& batch, const Item& item, const float* q, c
     pack_values(values, stride, std::max<int64_t>(0, seen - first), count, depth, v_tiles);
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t last = std::min(queries, (b + 1) * kTile) - 1;
-      if (item.position + last / group < first) continue;  // none of its queries sees the chunk
+      if (part.position + last / group < first) continue;  // none of its queries sees the chunk
       multiply_chunk(keys, tiles, stride, q_tiles + b * steps * kTileValues, steps, work.scores.data());
       QueryBlock& block = work.blocks[b];
       const int64_t present = last + 1 - b * kTile;

@@ -114,6 +114,11 @@ inline Vec exp_negative(Vec x) {
   return is_tiny ? Vec{} : p * bits_as<Vec>(exponent);
 }
 
+// Halves are added to each other until one value is left.
+#if defined(__AVX512F__)
+inline float sum(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float max_of(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 inline float sum(Vec v) {
   float lanes[kLanes];
   store(lanes, v);
@@ -129,6 +134,7 @@ inline float max_of(Vec v) {
     for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
   return lanes[0];
 }
+#endif
 
 // The sums of four vectors, side by side.
 inline Quad sums(Vec a, Vec b, Vec c, Vec d) {
