@@ -10,6 +10,9 @@ from jaxserve.config_values import Settings, parse_object
 from jaxserve.errors import ConfigError
 
 _NUM_SEQS_UNLESS_KNOWN = 128  # where max_num_seqs is the device's
+# A Ray actor runs 1000 calls at once, and Serve gives one with more requests no more than these: then its health checks
+# wait with the rest, and a replica that is full is taken for dead. The rest is for such calls.
+MOST_ONGOING = 900
 
 
 class DeploySettings(Settings):
@@ -22,7 +25,10 @@ class DeploySettings(Settings):
         default=None, gt=0, description="Running and queued requests an engine that autoscaling aims at. [max_num_seqs]"
     )
     max_ongoing_requests: int | None = Field(
-        default=None, ge=1, description="Requests sent to an engine at once; more wait for any. [2 x max_num_seqs]"
+        default=None,
+        ge=1,
+        le=MOST_ONGOING,
+        description=f"Requests sent to an engine at once; others wait. [2 x max_num_seqs, at most {MOST_ONGOING}]",
     )
     upscale_delay_s: float = Field(default=10.0, ge=0, description="Seconds of high load before an engine is added.")
     downscale_delay_s: float = Field(default=300.0, ge=0, description="Seconds of low load before one is taken away.")
@@ -77,8 +83,11 @@ class DeploySettings(Settings):
 
     def ongoing_limit(self, max_num_seqs: int | None) -> int:
         """Requests that an engine is sent at once: what it runs, and as many waiting, so that it never idles."""
-        return self.max_ongoing_requests or 2 * (max_num_seqs or _NUM_SEQS_UNLESS_KNOWN)
+        return self.max_ongoing_requests or min(2 * (max_num_seqs or _NUM_SEQS_UNLESS_KNOWN), MOST_ONGOING)
 
     def ongoing_target(self, max_num_seqs: int | None) -> float:
         """Requests an engine that autoscaling aims at."""
-        return self.target_ongoing_requests or max_num_seqs or self.ongoing_limit(max_num_seqs) / 2
+        if self.target_ongoing_requests is not None:
+            return self.target_ongoing_requests
+        limit = self.ongoing_limit(max_num_seqs)
+        return min(max_num_seqs, limit) if max_num_seqs is not None else limit / 2

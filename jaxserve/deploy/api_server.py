@@ -41,7 +41,7 @@ class ApiServer:
         self._name = serve.get_replica_context().replica_tag
         self._app_name = serve.get_replica_context().app_name
         own = serve.get_deployment_handle(API_SERVERS, self._app_name)
-        self._metrics = ReplicasMetrics(engines, own, prefix=config.server.metrics_prefix)
+        self._metrics = ReplicasMetrics(own, prefix=config.server.metrics_prefix)
         tokenizer = await asyncio.to_thread(load_tokenizer, config.model)
         path = config.model.chat_template
         template = ChatTemplate.of_tokenizer(tokenizer, path=None if path is None else Path(path))

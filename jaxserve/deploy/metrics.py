@@ -7,18 +7,25 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import ray
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
+from ray import serve
+from ray.serve.request_router import ReplicaID
 
+from jaxserve.deploy.running import running_replicas
 from jaxserve.metrics import HttpMetrics
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+Page = tuple[str, bytes]  # a process's name, and its metrics as text
+
 ENGINES_LABEL, API_SERVERS_LABEL = "replica", "api_server"
-COLLECT_TIMEOUT_S = 5.0  # a replica that does not answer is left out
+COLLECT_TIMEOUT_S = 5.0  # a process that does not answer is left out
+_SERVE_NAMESPACE = "serve"  # where Ray Serve's actors have their names
 
 logger = logging.getLogger(__name__)
 
@@ -26,8 +33,8 @@ logger = logging.getLogger(__name__)
 class ReplicasMetrics:
     """An API server's own metrics, and the way to everybody's."""
 
-    def __init__(self, engines: DeploymentHandle[Any], api_servers: DeploymentHandle[Any], *, prefix: str) -> None:
-        self._sources = {ENGINES_LABEL: engines, API_SERVERS_LABEL: api_servers}
+    def __init__(self, api_servers: DeploymentHandle[Any], *, prefix: str) -> None:
+        self._api_servers = api_servers
         self._registry = CollectorRegistry()
         ProcessCollector(registry=self._registry)
         self._http = HttpMetrics(self._registry)
@@ -63,20 +70,44 @@ class ReplicasMetrics:
 
     async def collect(self) -> bytes:
         """Everybody's, as text; what cannot be reached is logged and left out."""
-        pages = await asyncio.gather(*(self._pages(label) for label in self._sources))
-        return await asyncio.to_thread(merge, dict(zip(self._sources, pages, strict=True)))
+        engines, api_servers = await asyncio.gather(_pages_of_engines(), self._pages_of_api_servers())
+        return await asyncio.to_thread(merge, {ENGINES_LABEL: engines, API_SERVERS_LABEL: api_servers})
 
-    async def _pages(self, label: str) -> list[tuple[str, bytes]]:
-        response = self._sources[label].broadcast("metrics")
+    async def _pages_of_api_servers(self) -> list[Page]:
+        response = self._api_servers.broadcast("metrics")
         try:
             results = await response.results_async(timeout_s=COLLECT_TIMEOUT_S, return_exceptions=True)
         except Exception:
-            logger.warning("no metrics of any %s", label, exc_info=True)
+            logger.warning("no metrics of any %s", API_SERVERS_LABEL, exc_info=True)
             return []
-        for error in results:
-            if isinstance(error, BaseException):
-                logger.warning("no metrics of a %s: %s", label, error)
-        return [page for page in results if not isinstance(page, BaseException)]
+        return _those_that_came(API_SERVERS_LABEL, results)
+
+
+async def _pages_of_engines() -> list[Page]:
+    """Asked as actors: a call of Serve's, a broadcast too, waits in a replica for one of its places for requests."""
+    asking = (asyncio.wait_for(_page_of_engine(replica), COLLECT_TIMEOUT_S) for replica in running_replicas())
+    return _those_that_came(ENGINES_LABEL, await asyncio.gather(*asking, return_exceptions=True))
+
+
+async def _page_of_engine(replica: ReplicaID) -> Page:
+    actor: Any = await asyncio.to_thread(ray.get_actor, replica.to_full_id_str(), namespace=_SERVE_NAMESPACE)
+    return await actor.__ray_call__.remote(_own_page)
+
+
+def _own_page(_actor: object) -> Page:
+    """Run by a replica's actor."""
+    replica: Any = serve.get_replica_context().servable_object
+    return replica.metrics()
+
+
+def _those_that_came(label: str, results: Iterable[Page | BaseException]) -> list[Page]:
+    pages = []
+    for result in results:
+        if isinstance(result, BaseException):
+            logger.warning("no metrics of a %s: %s", label, str(result) or type(result).__name__)
+        else:
+            pages.append(result)
+    return pages
 
 
 def merge(pages: Mapping[str, Iterable[tuple[str, bytes]]]) -> bytes:

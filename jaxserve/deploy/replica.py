@@ -50,8 +50,8 @@ class EngineReplica:
         """What the engine says of itself."""
         return wire.encode(self._engine.core_info)
 
-    async def metrics(self) -> tuple[str, bytes]:
-        """The replica's name, and its metrics as text."""
+    def metrics(self) -> tuple[str, bytes]:
+        """The replica's name, and its metrics as text; called from Serve's own thread."""
         return self._name, self._engine.metrics.render()
 
     def record_replica_metadata(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from jaxserve.deploy.prefix_index import PrefixIndex, split_hashes
+from jaxserve.deploy.running import note_running
 
 NUM_BLOCKS = "num_blocks"  # in a replica's metadata: the size of its KV pool
 
@@ -29,6 +30,7 @@ class PrefixCacheRouter(RequestRouter):
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Take over which replicas there are; called by Serve."""
         super().update_replicas(replicas)
+        note_running(replica.replica_id for replica in replicas)
         self._index.set_replicas(
             {str(replica.replica_id.unique_id): replica.replica_metadata.get(NUM_BLOCKS, 0) for replica in replicas}
         )

@@ -13,7 +13,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import HTTPOptions, ProxyLocation
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ProxyStatus
 
 from jaxserve import errors
@@ -88,9 +88,7 @@ class Session:
         try:
             _start_serve(server.host, port)
         except (RayError, TimeoutError) as error:  # of a proxy, which Serve replaces by itself
-            logger.warning(
-                "Ray Serve's proxy is slow to start: %s", (str(error) or type(error).__name__).splitlines()[0]
-            )
+            logger.warning("Ray Serve's proxy is slow to start: %s", _first_line(error))
             _start_serve(server.host, port)  # joins what runs
         serve.run_many(
             [serve.RunTarget(application, APP_NAME, server.root_path or "/", SERVE_LOGGING)],
@@ -135,10 +133,17 @@ class Session:
                 time.sleep(_POLL_S)
 
     def drain(self) -> None:
-        """Refuse new requests, and give the running ones `shutdown_timeout_s` to finish."""
+        """Refuse new requests, and give the running ones `shutdown_timeout_s` to finish; what fails of it is logged."""
         timeout_s = self._config.server.shutdown_timeout_s
         servers = serve.get_deployment_handle(API_SERVERS, APP_NAME)
-        servers.broadcast("drain", timeout_s).results(timeout_s=timeout_s + _DRAIN_GRACE_S, return_exceptions=True)
+        try:
+            draining = servers.broadcast("drain", timeout_s)
+            results = draining.results(timeout_s=timeout_s + _DRAIN_GRACE_S, return_exceptions=True)
+        except (RayError, RayServeException, DeploymentUnavailableError, TimeoutError) as error:
+            results = [error]
+        for error in results:
+            if isinstance(error, BaseException):
+                logger.warning("an API server was not drained: %s", _first_line(error))
 
     def close(self, *, at_once: bool = False) -> None:
         """Take the application away, and the cluster that `connect` started. `at_once` does not wait for requests."""
@@ -156,6 +161,10 @@ class Session:
 
 def _start_serve(host: str, port: int) -> None:
     serve.start(ProxyLocation.HeadOnly, HTTPOptions(host=host, port=port), SERVE_LOGGING)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _check_progress(app: ApplicationStatusOverview) -> None:

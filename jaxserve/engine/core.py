@@ -76,7 +76,8 @@ class EngineCore:
         """Dispatch the next plan, then collect the step before it; empty while the pipeline fills.
 
         An error on the way leaves blocks that were promised and not written, and buffers that are gone: it passes
-        through, and every later call raises `EngineDeadError`. Only Ctrl-C while it waits for the device does no harm.
+        through, and every later call raises `EngineDeadError`. Ctrl-C is such an error, except while a result is waited
+        for; whoever wants to go on after it holds it back (`held_interrupts`).
         """
         self._check_whole()
         refused = self._compiling.release(self._scheduler.add)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from jaxserve.config import Config
 from jaxserve.engine.core_facts import CoreInfo, EngineStats
+from jaxserve.engine.interrupts import held_interrupts
 from jaxserve.engine.output_processor import OutputProcessor
 from jaxserve.engine.preparation import PreparedRequest, RequestPreparer
 from jaxserve.engine.process import Core
@@ -55,21 +56,24 @@ class InProcessEngine:
         """Run all requests (with output_kind "final_only") to their ends; the answers are in the requests' order.
 
         A sequence on which the engine fails ends with FinishReason.ERROR and a line in the log; the others go on.
-        Whatever interrupts it (Ctrl-C, an error) leaves no request behind in the core.
+        Whatever interrupts it (Ctrl-C, an error) leaves no request behind in the core. Ctrl-C takes effect when the
+        step is whole; pressed again, at once, which the core may not survive.
         """
         waiting = deque(requests)
         running: dict[str, OutputProcessor] = {}  # by sequence
         outputs: dict[str, RequestOutput] = {}
-        try:
-            while waiting or running:
-                self._add_waiting(waiting, running)
-                for delta in self._core.step():
-                    output = self._take_in(delta, running)
-                    if output is not None:
-                        outputs[output.request_id] = output
-                        on_finished(output)
-        finally:
-            self._core.abort(list(running))
+        with held_interrupts() as deliver_interrupt:
+            try:
+                while waiting or running:
+                    self._add_waiting(waiting, running)
+                    for delta in self._core.step():
+                        output = self._take_in(delta, running)
+                        if output is not None:
+                            outputs[output.request_id] = output
+                            on_finished(output)
+                    deliver_interrupt()
+            finally:
+                self._core.abort(list(running))
         return [outputs[request.request_id] for request in requests]
 
     def _add_waiting(self, waiting: deque[PreparedRequest], running: dict[str, OutputProcessor]) -> None:

@@ -18,6 +18,7 @@ from jaxserve.sampling_params import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_N, 
 from jaxserve.structured.checker import GrammarChecker
 from jaxserve.structured.grammar_text import grammar_text
 from jaxserve.structured.token_table import TokenTable
+from jaxserve.tokenizer.decoding import DecoderKind
 from jaxserve.tokenizer.tokenizer import Tokenizer
 from jaxserve.weights.source import resolve_source
 
@@ -189,6 +190,12 @@ class RequestPreparer:
         if not self._eos_token_ids:
             raise InvalidRequestError(
                 "structured_outputs need a token that ends an answer, and the model has no end-of-sequence token",
+                param="structured_outputs",
+            )
+        if self._tokenizer.decoding.kind is DecoderKind.OTHER:
+            raise InvalidRequestError(
+                "structured_outputs need each token's part of the text, and this model's tokenizer has a decoder that "
+                "does not tell: neither byte-level nor SentencePiece's",
                 param="structured_outputs",
             )
         return TokenTable.of(self._tokenizer, vocab_size=self._vocab_size, eos_ids=self._eos_token_ids)

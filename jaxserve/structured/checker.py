@@ -71,13 +71,14 @@ class GrammarChecker:
         return " ".join(answer.removesuffix("<non-verbose/>").split())[:500]
 
     def _start(self) -> subprocess.Popen[bytes]:
+        table = self._make_table()  # raises where grammars are impossible, before anything runs
         command = [sys.executable, "-P", "-m", "jaxserve.structured.checker_process"]
         # The child imports from where its parent does.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
         environment.pop(API_KEY_VARIABLE, None)  # none of its business
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         try:
-            ready = self._ask(self._process, self._make_table(), START_TIMEOUT_S)
+            ready = self._ask(self._process, table, START_TIMEOUT_S)
         except (OSError, EOFError):
             ready = None
         if ready != "ready":

@@ -68,7 +68,8 @@ class _Tokens:
     def __call__(self, text: bytes) -> list[int]:
         """Tokens that spell a text byte for byte, none of them special."""
         token_ids = [] if self._encode is None else self._encode(text.decode())
-        is_spelt = b"".join([self.tokens[token_id] for token_id in token_ids]) == text
+        spelt = [self.tokens[token_id] for token_id in token_ids]
+        is_spelt = b"".join(spelt) == text and all(spelt)
         return token_ids if is_spelt and self._special.isdisjoint(token_ids) else self._longest_tokens(text)
 
     def _longest_tokens(self, text: bytes) -> list[int]:

@@ -79,7 +79,7 @@ def byte_level_bytes(token: str) -> bytes:
 
 
 def token_bytes(token: str, kind: DecoderKind) -> bytes:
-    """Return the bytes that an ordinary token adds to a text."""
+    """Return the bytes that a token adds to a text."""
     if kind is DecoderKind.BYTE_LEVEL:
         return byte_level_bytes(token)
     if kind is DecoderKind.BYTE_FALLBACK and (byte := byte_of(token)) is not None:

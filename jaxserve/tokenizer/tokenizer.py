@@ -30,7 +30,8 @@ class Tokenizer:
         for token, token_id in vocabulary.items():
             self._tokens[token_id] = token
         added = self.backend.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        for token_id in added:  # a normaliser may have changed them, which decoding sees and the vocabulary does not
+            self._tokens[token_id] = self.backend.id_to_token(token_id)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self.bos_token_id = self._special_id("bos_token")
         self.pad_token_id = self._special_id("pad_token")
@@ -68,8 +69,6 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the raw bytes that a token adds to the text; they need not be whole UTF-8 characters."""
-        if token_id in self._added:
-            return self._added[token_id].encode()
         token = self.token(token_id)
         if token is None:
             return b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +12,7 @@ from jaxserve.cache.prefix_cache import PrefixCache
 from jaxserve.config import load_config
 from jaxserve.engine.core import EngineCore
 from jaxserve.engine.core_facts import CoreInfo
+from jaxserve.engine.interrupts import held_interrupts
 from jaxserve.engine.startup import Started
 from jaxserve.errors import EngineDeadError
 from jaxserve.request import EngineRequest
@@ -38,16 +40,18 @@ class FailingRunner:
     """Says 7 for ever, until it is told where to fail."""
 
     def __init__(self) -> None:
-        self.failures: dict[str, BaseException] = {}
+        self.failures: dict[str, BaseException | signal.Signals] = {}
 
     def dispatch(self, plan: StepPlan) -> Step:
         self.fail_in("dispatch")
         return Step(plan, self)
 
     def fail_in(self, place: str) -> None:
-        error = self.failures.pop(place, None)
-        if error is not None:
-            raise error
+        failure = self.failures.pop(place, None)
+        if isinstance(failure, signal.Signals):
+            signal.raise_signal(failure)
+        elif failure is not None:
+            raise failure
 
 
 @pytest.fixture
@@ -92,6 +96,17 @@ def test_an_interrupted_dispatch_breaks_the_core_too(core: EngineCore, runner: F
 
     with pytest.raises(EngineDeadError, match="KeyboardInterrupt"):
         core.step()
+
+
+def test_an_interrupt_that_is_held_back_does_no_harm(core: EngineCore, runner: FailingRunner) -> None:
+    core.add_request(EngineRequest(request_id="x", prompt_token_ids=[1] * 9, sampling_params=greedy(20)))
+    runner.failures["dispatch"] = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt), held_interrupts():
+        core.step()
+
+    core.abort(["x"])
+    (deltas,) = run(core, [[1] * 9], greedy(3))
+    assert tokens(deltas) == [7] * 3
 
 
 def test_an_interrupted_wait_does_no_harm(core: EngineCore, runner: FailingRunner) -> None:

@@ -127,6 +127,21 @@ async def test_load_brings_an_engine_and_its_end_takes_it_away_without_breaking_
     wait_for(lambda: detail(autoscaled) == "engines: 1 running" and len(engines()) == 1, 30, "the end of the other one")
 
 
+async def test_an_engine_with_all_places_taken_is_in_the_metrics(autoscaled, gate):
+    gate.unlink(missing_ok=True)
+
+    def running() -> list[float]:
+        return list(samples(autoscaled, "jaxserve:num_requests_running").values())
+
+    async with client_of(autoscaled) as client, AsyncExitStack() as leaving:
+        streams = [Stream() for _ in range(TARGET)]
+        for stream in streams:
+            leaving.callback(asyncio.ensure_future(stream.run(client, "abc", 100)).cancel)
+        await asyncio.to_thread(wait_for, lambda: all(stream.text for stream in streams), 60, "their first tokens")
+        await asyncio.to_thread(wait_for, lambda: running() == [TARGET], 30, "the full engine's metrics")
+    await asyncio.to_thread(wait_for, lambda: running() == [0], 30, "the news that they left")
+
+
 def test_a_dead_engine_is_started_again_and_its_replica_replaced_when_that_was_the_last_time(
     autoscaled, ray_cluster, gate, engines
 ):

@@ -48,6 +48,7 @@ def test_a_port_in_use_is_named(launch_file):
             ("--nnodes", "2", "--tensor-parallel-size", "2", "--dist-init-addr", "10.0.0.1:5000"),
             "nnodes is 2, but each engine of a deployment runs on one host",
         ),
+        (("--max-ongoing-requests", "1000"), "max_ongoing_requests must be at most 900, got 1000"),
         (("--replica-resources", '{"CPU": 0}'), "replica_resources must be greater than 0"),
         (("--device", "auto"), "set device to cpu, cuda or tpu"),
         (("--ray-address", "127.0.0.1:1"), "no Ray cluster answers at ray_address '127.0.0.1:1'"),

@@ -32,10 +32,13 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def write_config(folder: Path) -> Path:
-    """Make a model folder of a config alone; `--load-format dummy` makes up its weights."""
+def write_config(folder: Path, vocab_size: int = 257) -> Path:
+    """Make a model folder of a config alone; `--load-format dummy` makes up its weights.
+
+    By default it has the tokenizer's words alone: every token that a model makes is text.
+    """
     folder.mkdir(parents=True)
-    words = {"vocab_size": 257}  # those that the tokenizer has: every token that a model makes is text
+    words = {"vocab_size": vocab_size}
     config = TINY | words | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (folder / "config.json").write_text(json.dumps(config))
     return write_tokenizer(folder)

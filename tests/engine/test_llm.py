@@ -1,6 +1,7 @@
 """`LLM` drives a core in this process; what it shares with the server is tested there."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,26 @@ def test_after_an_interruption_the_next_batch_runs_as_ever(llm):
         llm.generate([[CRASH], [1]], SamplingParams(max_tokens=6), use_tqdm=False)
 
     [output] = llm.generate("ab", SamplingParams(max_tokens=2), use_tqdm=False)
+    assert output.outputs[0].text == "ab"
+
+
+class InterruptedCore(FakeCore):
+    """Ctrl-C is pressed in its second step."""
+
+    def step(self):
+        if self._num_steps == 1:
+            signal.raise_signal(signal.SIGINT)
+        return super().step()
+
+
+def test_ctrl_c_lets_the_step_end_and_leaves_no_request(make_llm):
+    with make_llm(InterruptedCore) as llm:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["ab", "cd"], SamplingParams(max_tokens=6), use_tqdm=False)
+        assert llm._engine.stats().num_steps == 2
+        assert llm._engine.stats().num_running == 0
+
+        [output] = llm.generate("ab", SamplingParams(max_tokens=2), use_tqdm=False)
     assert output.outputs[0].text == "ab"
 
 

@@ -2,12 +2,15 @@
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.preparation import MAX_CHARS_PER_TOKEN, SEED_LIMIT, RequestPreparer
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
 from jaxserve.sampling_params import SamplingParams
-from jaxserve.tokenizer.tokenizer import tokenizer_from_backend
+from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
+from jaxserve.tokenizer.tokenizer_files import TokenizerFiles
 
 EOS = 256
 CONTEXT = 20
@@ -218,3 +221,17 @@ def test_more_sequences_than_the_queue_holds_are_wrong_not_too_early(prepare):
         prepare(n=5)
 
     assert (raised.value.param, raised.value.status) == ("n", 400)
+
+
+def test_a_grammar_needs_a_tokenizer_that_tells_each_token_s_text_and_is_refused_again_and_again():
+    backend = Backend(models.WordPiece({"[UNK]": 0, "play": 1, "##ing": 2, "[EOS]": 3}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece(cleanup=False)
+    files = TokenizerFiles(name="words", backend=backend, special_tokens={"eos_token": "[EOS]"})
+    info = CoreInfo(max_model_len=CONTEXT, vocab_size=4, num_blocks=9, block_size=4, fingerprint="f")
+    preparer = RequestPreparer(Tokenizer(files), info, seed=0, max_queued_requests=4)
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["play"]))
+    for _ in range(2):
+        with pytest.raises(InvalidRequestError, match="a decoder that does not tell") as caught:
+            preparer.prepare([1], params, request_id="r")
+        assert caught.value.param == "structured_outputs"
+    preparer.close()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from jaxserve.engine.hosts import facts, follower, leader, messages
 from jaxserve.engine.hosts.follower import Follower
 from jaxserve.engine.hosts.leader import HostGroup
 from jaxserve.engine.hosts.plans import FollowingHosts, LeadingHosts
+from jaxserve.engine.hosts.ray_workers import RayWorkers
 from jaxserve.engine.hosts.session import HostSession
 from jaxserve.engine.hosts.sockets import free_port
 from jaxserve.errors import CheckpointError, JaxserveError
@@ -119,6 +121,32 @@ async def test_a_follower_joins_the_leader_that_comes_after_the_one_it_asked(con
     await asyncio.wait_for(following, LIMIT_S)
 
 
+class SlowToEnd:
+    """An engine process whose end takes an hour of the follower's clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    async def end(self) -> None:
+        """As `EngineChild`'s."""
+        self.now_s += 3600
+
+
+async def test_a_leader_is_not_silent_while_the_follower_ends_its_engine_process(config, monkeypatch):
+    child = SlowToEnd()
+    monkeypatch.setattr(follower, "time", SimpleNamespace(monotonic=lambda: child.now_s))
+    one = Follower(config.with_values(node_rank=1))
+    monkeypatch.setattr(one, "_child", child)
+    with zmq.asyncio.Context() as context, context.socket(zmq.ROUTER) as first:
+        first.bind(f"tcp://{config.parallel.dist_init_addr}")
+        following = asyncio.create_task(one.run())
+        identity, _ = await asyncio.wait_for(first.recv_multipart(), LIMIT_S)
+        for message in (messages.Accepted(), messages.StopWorker(), messages.Goodbye(None)):
+            await first.send_multipart([identity, messages.encode(message)])
+        await asyncio.wait_for(following, LIMIT_S)
+    assert child.now_s == 3600
+
+
 async def test_what_the_leader_cannot_read_ends_the_hosts_that_wait(config, download, monkeypatch):
     monkeypatch.setattr(leader, "facts_of", download.facts_of)
     group = HostGroup(config)
@@ -191,3 +219,22 @@ def test_stray_messages_to_the_engine_processes_are_dropped(caplog):
     following.close()
     leading._socket.context.destroy()
     assert caplog.text.count("a message that is none of a follower's came to") == len(STRAY) + 1
+
+
+async def test_a_start_that_is_interrupted_beside_its_followers_is_cancelled(config):
+    pytest.importorskip("ray", reason="needs the extra 'ray'", exc_type=ImportError)
+    begun, ended = asyncio.Event(), asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    running = asyncio.create_task(RayWorkers(config).run_beside(work()))
+    await asyncio.wait_for(begun.wait(), LIMIT_S)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asyncio.wait_for(running, LIMIT_S)
+    assert ended.is_set()

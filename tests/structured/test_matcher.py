@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxserve.structured.compiler import GrammarCompiler
-from tests.structured.vocabulary import EOS, PERSON, SPECIAL, STOP, TABLE, WORDS, allowed, ids, load, matcher
+from tests.structured.vocabulary import EMPTY, EOS, PERSON, SPECIAL, STOP, TABLE, WORDS, allowed, ids, load, matcher
 
 YES, NO, NAME = (256 + WORDS.index(word) for word in (b"yes", b"no", b"name"))
 
@@ -29,10 +29,12 @@ def test_forced_text_is_said_in_the_tokenizer_s_own_tokens():
     spelling = GrammarCompiler(lambda: (TABLE, ids))
     words = GrammarCompiler(load)
     lying = GrammarCompiler(lambda: (TABLE, lambda text: [NO]))
-    matchers = [(compiler, matcher(compiler, choice=["yes"])) for compiler in (spelling, words, lying)]
+    padding = GrammarCompiler(lambda: (TABLE, lambda text: [EMPTY, *ids(text)]))
+    compilers = (spelling, words, lying, padding)
+    matchers = [(compiler, matcher(compiler, choice=["yes"])) for compiler in compilers]
     masks = [compiler.masks.make([(grammar, [])])[0] for compiler, grammar in matchers]
-    assert [allowed(mask) for mask in masks] == [set(ids("y")), {YES}, {YES}]
-    for compiler in (spelling, words, lying):
+    assert [allowed(mask) for mask in masks] == [set(ids("y")), {YES}, {YES}, {YES}]
+    for compiler in compilers:
         compiler.close()
 
 

@@ -5,11 +5,12 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
 
 from jaxserve.tokenizer.detokenizer import IncrementalDetokenizer
 from jaxserve.tokenizer.tokenizer import tokenizer_from_backend
+from tests.sentence_piece import like_llama
 
 KINDS = ["smollm2", "byte_level", "sentence_piece", "metaspace"]
 TEXTS = st.text(alphabet=st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("a 😀👍🏽你好한é\n▁")))
@@ -98,6 +99,18 @@ def test_text_after_a_prompt_keeps_its_first_space(sentence_piece):
 
     assert "".join(streamed(sentence_piece, ids)) == "Hello"
     assert "".join(streamed(sentence_piece, ids, continues_text=True)) == " Hello"
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_added_tokens_stream_as_decode_reads_them(normalized):
+    backend = like_llama()
+    backend.add_tokens([AddedToken(text, normalized=normalized) for text in ("tool", "a▁b", "<0x41>")])
+    tokenizer = tokenizer_from_backend(backend)
+    ids = tokenizer.encode("the", add_special_tokens=False)
+    ids += [backend.token_to_id(text) for text in ("tool", "a▁b", "<0x41>")]
+
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == " " + tokenizer.decode(ids)
 
 
 def test_a_decoder_that_only_the_library_knows_streams_too():

@@ -108,8 +108,6 @@ class Follower:
         try:
             while time.monotonic() - heard_s < silence_s:
                 message = await self._receive(silence_s - (time.monotonic() - heard_s))
-                if message is not None:
-                    heard_s = time.monotonic()
                 match message:
                     case messages.StartWorker(session):
                         await self._end_worker()
@@ -121,6 +119,8 @@ class Follower:
                         return True
                     case messages.Goodbye(error):
                         raise _goodbye_error(error)
+                if message is not None:
+                    heard_s = time.monotonic()  # after it is done: nobody listens while a process with much memory ends
             return False
         finally:
             beating.cancel()

@@ -63,14 +63,17 @@ class RayWorkers:
     async def run_beside(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, which is cancelled when a follower gives up meanwhile: its error comes through."""
         working = asyncio.ensure_future(work)
-        done, _ = await asyncio.wait({working, *self._followers}, return_when=asyncio.FIRST_COMPLETED)
-        if working not in done:
-            working.cancel()
-            await asyncio.wait({working})
-            for follower in done:
-                await follower
-            raise JaxserveError("a follower ended while the group started")
-        return await working
+        try:
+            done, _ = await asyncio.wait({working, *self._followers}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if not working.done():
+                working.cancel()
+                await asyncio.wait({working})
+        if working in done:
+            return await working
+        for follower in done:
+            await follower
+        raise JaxserveError("a follower ended while the group started")
 
     async def stop(self) -> None:
         """Wait a little for the followers to end, then give the hosts back. May be called twice."""
