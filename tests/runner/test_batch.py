@@ -12,7 +12,7 @@ from jaxserve.runner.batch import BatchBuilder, empty_batch
 from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.packing import Packing
 from jaxserve.runner.slot_table import SlotTable
-from jaxserve.runner.step import ForwardBatch
+from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan
 from pallas_kernels.paged_attention import AttentionGeometry
@@ -119,6 +119,8 @@ def test_every_batch_of_a_bucket_has_the_shapes_of_its_padding(builder: BatchBui
     unpacked = packing.unpack(jnp.asarray(packed))
     np.testing.assert_array_equal(unpacked.positions, batch.positions)
     np.testing.assert_array_equal(unpacked.metadata.kv_lens, batch.metadata.kv_lens)
+    assert int(unpacked.num_tokens) == 6  # of 8
+    assert int(SampleBatch.from_host(batch).num_rows) == 1  # of 4
 
 
 def test_a_step_uploads_no_more_where_sequences_may_be_longer() -> None:
