@@ -30,6 +30,8 @@ class EngineCore:
 
     # device   |--- step 1 ---|--- step 2 ---|--- step 3 ---|
     # host     plan 2, dispatch 2, result 1, update | plan 3, dispatch 3, result 2, update | ...
+
+    Nothing is planned while drafts are in flight: then step 2 is planned as soon as step 1's result is taken in.
     """
 
     def __init__(
@@ -83,16 +85,13 @@ class EngineCore:
         refused = self._compiling.release(self._scheduler.add)
         with self._guard.watch():
             with self._breaks_on(BaseException):
-                begin_s = time.perf_counter()
-                plan = self._scheduler.schedule()
-                if plan is not None:
-                    self._in_flight.append((plan, self._runner.dispatch(plan), begin_s))
-                elif not self._in_flight and self._scheduler.has_unfinished:
+                is_dispatched = self._dispatch_next()
+                if not self._in_flight and self._scheduler.has_unfinished:
                     raise IntegrityError("requests wait, nothing runs, and none of them can be scheduled")
             if not self._in_flight:
                 self._compiling.wait(COMPILING_POLL_S)
                 return refused
-            if plan is not None and len(self._in_flight) <= self._depth:
+            if is_dispatched and len(self._in_flight) <= self._depth:
                 return refused
             with self._breaks_on(Exception):
                 result = self._in_flight[0][1].result()
@@ -103,6 +102,8 @@ class EngineCore:
                 deltas = self._scheduler.update(done, result)
                 if not self.has_unfinished:
                     self._scheduler.check_integrity()  # idle from here on: the check delays nobody
+                elif not self._in_flight and self._depth:
+                    self._dispatch_next()  # behind drafts: the device goes on while somebody reads their tokens
         return [*refused, *deltas]
 
     def stats(self) -> EngineStats:
@@ -136,6 +137,15 @@ class EngineCore:
                 pending.result()
             if self._hosts is not None:
                 self._hosts.end()
+
+    def _dispatch_next(self) -> bool:
+        """Plan a step and hand it to the device; False where nothing can be planned now."""
+        begin_s = time.perf_counter()
+        plan = self._scheduler.schedule()
+        if plan is None:
+            return False
+        self._in_flight.append((plan, self._runner.dispatch(plan), begin_s))
+        return True
 
     def _check_whole(self) -> None:
         if self._fault is not None:
