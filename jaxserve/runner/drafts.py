@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch, SampleBatch
-from jaxserve.sampling.inputs import SlotParameters
+from jaxserve.sampling.inputs import SlotParameters, TokenMasks
 from jaxserve.scheduler.plan import StepPlan
 
 
@@ -22,6 +23,14 @@ class DraftIds(Protocol):
 
     def fetch(self) -> dict[int, list[int]]:
         """Row of the plan -> its drafts."""
+        ...
+
+
+class DraftMasks(Protocol):
+    """Keeps the drafts that are drawn to what their requests may say."""
+
+    def draft_masks(self, plan: StepPlan, places: Mapping[int, int], drawn: DraftIds) -> TokenMasks | None:
+        """See `SlotGrammars.draft_masks`."""
         ...
 
 
@@ -87,7 +96,7 @@ class DraftModel:
 
     It computes whatever the large model does, so shared prefixes, chunks and resumed requests find its K and V as they
     find the large model's. A draft is drawn as its token will be, with the same parameters and random numbers: the two
-    models agree more often than if each drew for itself.
+    models agree more often than if each drew for itself. A grammar's mask is the one that the token will have.
 
     # tokens       ... t     | d1       d2       d3 | then, if all three held: t'
     # first pass   ... t ->  | d1
@@ -96,13 +105,20 @@ class DraftModel:
     """
 
     def __init__(
-        self, model: LoadedModel, shapes: ProgramShapes, *, slots: SlotTable, parameters: SlotParameters
+        self,
+        model: LoadedModel,
+        shapes: ProgramShapes,
+        *,
+        slots: SlotTable,
+        parameters: SlotParameters,
+        masks: DraftMasks,
     ) -> None:
         self._params = model.params
         self._head = {name: model.params[name] for name in model.graph.head_names()}
         self._programs = model.programs
         self._caches = model.caches
         self._parameters = parameters
+        self._masks = masks
         self._builder = BatchBuilder(shapes.buckets, slots, model.graph.backend)
         self._max_tokens = shapes.buckets.token_sizes[-1]
         self._slots = slots
@@ -186,12 +202,14 @@ class DraftModel:
         )
         if not len(built.places):
             return tokens
-        variant, inputs = self._parameters.gather(*built.samples_of(plan))
+        drawn_rows = [step.rows[index] for index in built.sample_rows.tolist()]
+        places = dict(zip(drawn_rows, built.places.tolist(), strict=True))
+        masks = self._masks.draft_masks(step.plan, places, drawn)
+        variant, inputs = self._parameters.gather(*built.samples_of(plan), masks=masks)
         tokens, sampled = self._programs.sample(
             self._head, rows, tokens, [SampleBatch.from_host(batch) for batch in built.batches], inputs, variant
         )
-        drawn_rows = [step.rows[index] for index in built.sample_rows.tolist()]
-        drawn.add(dict(zip(drawn_rows, built.places.tolist(), strict=True)), sampled.token_ids)
+        drawn.add(places, sampled.token_ids)
         return tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class SlotGrammars:
 
     # device   | sample 1 | forward 2 ........... | sample 2
     # host     forward 2 | tokens of 1 -> masks of 2 | sample 2
+
+    Drafts that the device draws are masked in the same way, each behind those before it.
     """
 
     def __init__(self, compiler: GrammarCompiler | None = None) -> None:
@@ -63,9 +66,7 @@ class SlotGrammars:
         matchers = self._matchers_of(plan)
         if not matchers or self._compiler is None:
             return None
-        for earlier in self._unsettled:
-            earlier.result()
-        self._unsettled.clear()
+        self._settle()
         drafts = draft_ids.fetch()
         masks = self._compiler.masks.make([(matcher, drafts.get(row, ())) for row, matcher in matchers.items()])
         errors = {row: matcher.error for row, matcher in matchers.items() if matcher.error}
@@ -74,6 +75,22 @@ class SlotGrammars:
         order = np.argsort(step.sample_rows, kind="stable")
         has_mask = np.isin(step.sample_rows[order], list(matchers))
         return TokenMasks(step.places[order][has_mask], masks)
+
+    def draft_masks(self, plan: StepPlan, places: Mapping[int, int], drawn: DraftIds) -> TokenMasks | None:
+        """Masks for drawing the next draft of some of a plan's rows, None without a grammar among them.
+
+        `places`: row -> where it is drawn; `drawn`: the step's drafts so far, which are waited for, as are the steps in
+        flight.
+        """
+        matchers = {row: matcher for row, matcher in self._matchers_of(plan).items() if row in places}
+        if not matchers or self._compiler is None:
+            return None
+        self._settle()
+        drafts = drawn.fetch()
+        masks = self._compiler.masks.make(
+            [(matcher.behind(drafts.get(row, ())), ()) for row, matcher in matchers.items()]
+        )
+        return TokenMasks(np.array([places[row] for row in matchers]), masks)
 
     def watch(self, plan: StepPlan, pending: PendingStep) -> PendingStep:
         """The same step, which tells the matchers of its tokens before it tells anybody else."""
@@ -94,6 +111,12 @@ class SlotGrammars:
         if owner is None or owner.num_prompt_tokens + owner.matcher.num_tokens != num_tokens:
             return token_ids
         return token_ids[: owner.matcher.count_valid(token_ids)]
+
+    def _settle(self) -> None:
+        """Wait for the steps in flight, whose tokens move matchers on."""
+        for earlier in self._unsettled:
+            earlier.result()
+        self._unsettled.clear()
 
     def _matchers_of(self, plan: StepPlan) -> dict[int, GrammarMatcher]:
         """Row -> matcher, of the rows that yield a token, in the order of the rows."""

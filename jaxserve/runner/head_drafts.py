@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 
 from jaxserve.runner.batch import BatchBuilder, HostStep
-from jaxserve.runner.drafts import DraftIds, DrawnIds
+from jaxserve.runner.drafts import DraftIds, DraftMasks, DrawnIds
 from jaxserve.runner.head_programs import LoadedHead
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.slot_table import SlotTable
@@ -31,7 +31,13 @@ class HeadDrafts:
     """
 
     def __init__(
-        self, head: LoadedHead, shapes: ProgramShapes, *, slots: SlotTable, parameters: SlotParameters
+        self,
+        head: LoadedHead,
+        shapes: ProgramShapes,
+        *,
+        slots: SlotTable,
+        parameters: SlotParameters,
+        masks: DraftMasks,
     ) -> None:
         self._params = dict(head.params)
         self._logit_params = {name: head.params[name] for name in head.graph.head_names()}
@@ -39,18 +45,14 @@ class HeadDrafts:
         self._caches = head.caches
         self._states = head.programs.new_states()
         self._parameters = parameters
+        self._masks = masks
         self._builder = BatchBuilder(shapes.buckets, slots, head.graph.backend)
 
     def place(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array) -> tuple[jax.Array, DraftIds]:
         """Draw the plan's drafts one after the other, each row's from where the model stands."""
         drawn = DrawnIds()
         for index in range(max(map(len, plan.drafts.values()), default=0)):
-            rows = [row for row, draft_ids in plan.drafts.items() if len(draft_ids) > index]
-            states = _states_of(plan, rows, index)
-            step = self._builder.build(states)
-            if index:
-                self._advance(step, tokens, block_tables)
-            tokens = self._draw(states, step, rows, tokens, drawn)
+            tokens = self._draw(plan, index, tokens, block_tables, drawn)
         return tokens, drawn
 
     def follow(self, plan: StepPlan, tokens: jax.Array, block_tables: jax.Array, features: jax.Array) -> None:
@@ -73,16 +75,24 @@ class HeadDrafts:
             self._params, self._caches, self._states, tokens, block_tables, step.bucket, _forward_batches(step)
         )
 
-    def _draw(self, states: StepPlan, step: HostStep, rows: list[int], tokens: jax.Array, drawn: DrawnIds) -> jax.Array:
-        """A draft of each row, two tokens behind the position of its state."""
-        slots, positions = step.samples_of(states)
-        variant, inputs = self._parameters.gather(slots, positions + 1)
-        batches = [SampleBatch.from_host(batch) for batch in step.batches]
-        batches = [replace(batch, positions=batch.positions + 1) for batch in batches]
-        tokens, sampled = self._programs.draw(self._logit_params, self._states, tokens, batches, inputs, variant)
+    def _draw(
+        self, plan: StepPlan, index: int, tokens: jax.Array, block_tables: jax.Array, drawn: DrawnIds
+    ) -> jax.Array:
+        """Each row's draft of that index, two tokens behind the position of its state."""
+        rows = [row for row, draft_ids in plan.drafts.items() if len(draft_ids) > index]
+        states = _states_of(plan, rows, index)
+        step = self._builder.build(states)
+        if index:
+            self._advance(step, tokens, block_tables)
         places = {
             rows[index]: place for index, place in zip(step.sample_rows.tolist(), step.places.tolist(), strict=True)
         }
+        slots, positions = step.samples_of(states)
+        masks = self._masks.draft_masks(plan, places, drawn)
+        variant, inputs = self._parameters.gather(slots, positions + 1, masks=masks)
+        batches = [SampleBatch.from_host(batch) for batch in step.batches]
+        batches = [replace(batch, positions=batch.positions + 1) for batch in batches]
+        tokens, sampled = self._programs.draw(self._logit_params, self._states, tokens, batches, inputs, variant)
         drawn.add(places, sampled.token_ids)
         return tokens
 

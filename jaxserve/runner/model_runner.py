@@ -72,8 +72,8 @@ class ModelRunner:
             vocab_size=graph.config.vocab_size,
             sharding=by_data_shard(graph.mesh),
         )
-        self._drafts = self._make_drafts(model, shapes, drafting)
         self._grammars = grammars or SlotGrammars()
+        self._drafts = self._make_drafts(model, shapes, drafting)
         self._builder = BatchBuilder(shapes.buckets, self._slots, graph.backend)
         self._max_model_len, self._blocks_per_seq = shapes.max_model_len, shapes.blocks_per_seq
 
@@ -110,8 +110,8 @@ class ModelRunner:
         if drafting is None:
             return GivenDrafts(model.programs)
         if isinstance(drafting, LoadedHead):
-            return HeadDrafts(drafting, shapes, slots=self._slots, parameters=self._parameters)
-        return DraftModel(drafting, shapes, slots=self._slots, parameters=self._parameters)
+            return HeadDrafts(drafting, shapes, slots=self._slots, parameters=self._parameters, masks=self._grammars)
+        return DraftModel(drafting, shapes, slots=self._slots, parameters=self._parameters, masks=self._grammars)
 
     def _occupy(self, new: NewSlot) -> None:
         """Upload a new slot's tokens and blocks, and keep what its request asks of the sampler."""

@@ -37,6 +37,13 @@ class GrammarMatcher:
             else:
                 self.inner.consume_token(token_id)
 
+    def behind(self, token_ids: Sequence[int]) -> GrammarMatcher:
+        """Another one that has gone on by these tokens; what goes wrong with it is its own error."""
+        ahead = GrammarMatcher(self.inner.deep_copy(), self.end_ids)
+        ahead.has_ended, ahead.num_tokens = self.has_ended, self.num_tokens
+        ahead.consume(token_ids)
+        return ahead
+
     def count_valid(self, token_ids: Sequence[int]) -> int:
         """How many of these tokens may come next, one after the other; the matcher stays where it is."""
         return 0 if self.has_ended else self.inner.validate_tokens(list(token_ids))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.compile_check.drafting import drafting_jobs
 from tests.compile_check.jobs import Job
 from tests.compile_check.kernels import kernel_jobs
 from tests.compile_check.must_fail import must_fail_jobs
@@ -10,7 +11,7 @@ from tests.compile_check.steps import step_jobs
 
 def all_jobs(*, full: bool) -> list[Job]:
     """Steps first, which take longest."""
-    return step_jobs(full=full) + kernel_jobs() + must_fail_jobs()
+    return step_jobs(full=full) + drafting_jobs(full=full) + kernel_jobs() + must_fail_jobs()
 
 
 def key(job: Job) -> str:

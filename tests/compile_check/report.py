@@ -20,15 +20,16 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", 
 
 _INTRODUCTION = """# What the compilers say
 
-Written by `make compile-check`, which compiles every kernel and the runner's sharded programs ahead of time with the
-compilers of the devices, on a machine that has none of them. That a program compiles says nothing of its values, and
-nothing of its speed; what a GPU showed is in [gpu-check.md](gpu-check.md), and no TPU ran any of this.
+Written by `make compile-check`, which compiles every kernel and the runner's sharded programs, those of draft models
+and draft heads among them, ahead of time with the compilers of the devices, on a machine that has none of them. That a
+program compiles says nothing of its values, and nothing of its speed; what a GPU showed is in
+[gpu-check.md](gpu-check.md), and no TPU ran any of this.
 
 A check fails where a GPU kernel spills a register, where a program makes an array as large as a KV pool or keeps a
 pool out of its donated argument, where a kernel is given an address that it was not compiled for, where temporaries
 exceed a step's activations, where the vocabulary is sorted, and where devices communicate more often than expected.
-Programs that break one rule each on purpose must be found first. Steps have two layers here; `ARGS=--full` compiles
-all of them.
+Programs that break one rule each on purpose must be found first. Steps have two layers here, those of draft heads
+their only one; `ARGS=--full` compiles all of them.
 """
 
 _NOTES = """\
@@ -38,7 +39,7 @@ _NOTES = """\
   most of each, as ptxas says. Kernels that share their registers out anew among warpgroups show what they start with.
 * `h100-4` are four devices that share each layer, `h100-2x2` two data shards of two.
 * Compile times are those of CPU cores that had other work beside: two programs at once, each in its own process.
-  The three versions take some twenty minutes in all on two such cores.
+  The three versions take some half an hour in all on two such cores.
 """
 
 _ROOFLINE = """## TPU: the compiler's figures beside the roofline
@@ -47,7 +48,7 @@ FLOPs and bytes are XLA's cost analysis of one device's share, which knows of a 
 estimate says; they come from the compiler, not from a device. The times are these figures over what a device can do
 at best, and so are lower bounds of what a program takes, not measurements:
 {peaks}.
-Here are the steps, of two layers each; kernels and samplers stand in the tables of each JAX version.
+Here are the steps, of as many layers as the table says; kernels and samplers stand in the tables of each JAX version.
 """
 
 # A column's heading, and what stands in it.

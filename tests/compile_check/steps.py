@@ -25,6 +25,7 @@ from tests.compile_check.jobs import Job, Limits
 from tests.compile_check.kernels import IMPLEMENTATION
 from tests.compile_check.targets import Target
 
+ITEM_BYTES = jnp.dtype(jnp.bfloat16).itemsize
 REDUCED_LAYERS = 2  # all layers are alike: two show what a layer costs, and what lies between two
 
 _8B = known_config("meta-llama/Llama-3.1-8B-Instruct")
@@ -82,6 +83,31 @@ class Deployment:
         weight_bytes = 2 * (decoder.num_layers * layer + 2 * decoder.vocab_size * decoder.hidden_size)
         free = self.target.memory_bytes * self.target.tensor_size - weight_bytes
         return self.kv_spec(decoder.num_layers).num_blocks_in(int(free * 0.8)) // 2 * 2 - 1
+
+    def pass_limits(self, decoder: DecoderConfig, num_layers: int, num_tokens: int) -> Limits:
+        """Of a pass over so many layers: of the model, or of what drafts for it in pools of the same blocks."""
+        num_devices = self.target.tensor_size
+        token_bytes = decoder.num_kv_heads * decoder.head_dim * ITEM_BYTES // num_devices  # K's, a device
+        pool_bytes = self.num_blocks * self.block_size * token_bytes
+        activations = activation_bytes(replace(decoder, num_shards=num_devices), num_tokens, ITEM_BYTES)
+        return Limits(
+            pool_elements=pool_bytes // ITEM_BYTES,
+            min_alias_bytes=2 * num_layers * pool_bytes,
+            max_temp_bytes=activations + (64 << 20),
+            vocab_size=decoder.vocab_size,
+            num_shards=num_devices,
+            # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
+            max_collectives=2 * num_layers + 1 if num_devices > 1 else 0,
+        )
+
+    def sampler_limits(self, variant: Variant, *, num_more_collectives: int = 0) -> Limits:
+        """Of the head and the sampler."""
+        num_devices = self.target.tensor_size
+        return Limits(
+            vocab_size=self.decoder.vocab_size,
+            num_shards=num_devices,
+            max_collectives=SAMPLER_COLLECTIVES[variant] + num_more_collectives if num_devices > 1 else 0,
+        )
 
 
 DEPLOYMENTS = (
@@ -166,37 +192,21 @@ def step_jobs(*, full: bool) -> list[Job]:
 
 def _forward_job(deployment: Deployment, name: str, num_tokens: int, *, full: bool) -> Job:
     layers = deployment.decoder.num_layers if full else REDUCED_LAYERS
-    num_devices = deployment.target.tensor_size
-    model = replace(deployment.decoder, num_shards=num_devices)
-    pool_bytes = deployment.kv_spec(1).block_bytes // 2 * deployment.num_blocks // num_devices  # K's, a device
     return Job(
         name=f"{deployment.name}, {name}",
         target=deployment.target,
         lower=partial(_lower_forward, deployment, layers, num_tokens),
-        limits=Limits(
-            pool_elements=pool_bytes // jnp.dtype(jnp.bfloat16).itemsize,
-            min_alias_bytes=2 * layers * pool_bytes,
-            max_temp_bytes=activation_bytes(model, num_tokens, jnp.dtype(jnp.bfloat16).itemsize) + (64 << 20),
-            vocab_size=deployment.decoder.vocab_size,
-            num_shards=num_devices,
-            # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
-            max_collectives=2 * layers + 1 if num_devices > 1 else 0,
-        ),
+        limits=deployment.pass_limits(deployment.decoder, layers, num_tokens),
         layers=layers,
     )
 
 
 def _sample_job(deployment: Deployment, variant: Variant) -> Job:
-    num_devices = deployment.target.tensor_size
     return Job(
         name=f"{deployment.name}, sampler {variant!r}",
         target=deployment.target,
         lower=partial(_lower_sample, deployment, variant),
-        limits=Limits(
-            vocab_size=deployment.decoder.vocab_size,
-            num_shards=num_devices,
-            max_collectives=SAMPLER_COLLECTIVES[variant] if num_devices > 1 else 0,
-        ),
+        limits=deployment.sampler_limits(variant),
         has_kernels=False,
     )
 

@@ -103,16 +103,42 @@ def test_a_model_that_nearly_agrees_saves_steps_and_changes_no_answer(folders, w
     assert 0.2 < check(drafting(folders, "near"), wanted) < 0.95
 
 
-def test_a_draft_model_knows_no_grammar_and_changes_no_answer(folders) -> None:
-    params = [constrained(PARAMS[1], CONSTRAINTS["json"]), constrained(PARAMS[2], CONSTRAINTS["regex"]), PARAMS[4]]
-    params.append(replace(PARAMS[3], structured_outputs_grammar=grammar_text(StructuredOutputsParams(regex="(.|\n)*"))))
-    answers = []
-    for core in (EngineCore(tiny_config(str(folders["itself"]))), drafting(folders, "near")):
-        answers.append([tokens(deltas) for deltas in run(core, PROMPTS[:4], params)])
-        core.shutdown()
-        stats = core.stats()
-    assert answers[0] == answers[1]
-    assert 0 < stats.drafts.num_accepted_tokens < stats.drafts.num_draft_tokens
+GRAMMARS = [
+    constrained(PARAMS[1], CONSTRAINTS["json"]),
+    constrained(PARAMS[2], CONSTRAINTS["regex"]),
+    PARAMS[4],
+    replace(PARAMS[3], structured_outputs_grammar=grammar_text(StructuredOutputsParams(regex="(.|\n)*"))),
+    constrained(PARAMS[5], CONSTRAINTS["grammar"]),
+    constrained(PARAMS[2], CONSTRAINTS["choice"]),  # ends within a step's drafts
+]
+
+
+@pytest.fixture(scope="module")
+def wanted_by_grammars(folders: dict[str, Path]) -> list[list[int]]:
+    core = EngineCore(tiny_config(str(folders["itself"])))
+    answers = [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)]
+    core.shutdown()
+    return answers
+
+
+@pytest.mark.parametrize("way", ["batched", "synchronous", "chunked", "preempted", "two data shards"])
+def test_what_a_draft_model_draws_obeys_the_grammar_of_the_request(folders, wanted_by_grammars, way) -> None:
+    core = drafting(folders, "itself", **WAYS[way])
+    for _ in range(2):
+        assert [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)] == wanted_by_grammars
+    stats = core.stats()
+    core.shutdown()
+    assert stats.num_compiles_after_ready == 0
+    assert stats.drafts.num_draft_tokens > 30
+    assert stats.drafts.num_accepted_tokens > 0.99 * stats.drafts.num_draft_tokens
+
+
+def test_a_draft_model_that_nearly_agrees_changes_no_answer_under_a_grammar(folders, wanted_by_grammars) -> None:
+    core = drafting(folders, "near")
+    assert [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)] == wanted_by_grammars
+    drafts = core.stats().drafts
+    core.shutdown()
+    assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])

@@ -16,9 +16,18 @@ from jaxserve.engine.core import EngineCore
 from jaxserve.runner.memory import DeviceMemory
 from jaxserve.sampling_params import SamplingParams
 from tests.checkpoints import save_random_llama
+from tests.e2e.tiny_model import write_tokenizer
 from tests.harness import greedy, run, tiny_config, tokens
-from tests.speculative.heads import model_features, save_eagle3, save_mimo, train_eagle3, transformers_model
+from tests.speculative.heads import (
+    model_features,
+    random_eagle3,
+    save_eagle3,
+    save_mimo,
+    train_eagle3,
+    transformers_model,
+)
 from tests.speculative.reference_heads import Reference, reference_drafts
+from tests.structured.requests import CONSTRAINTS, constrained
 
 NUM_TOKENS = 24
 NUM_DRAFTS = 3
@@ -79,7 +88,7 @@ def mimo(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 def sure(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """A head that is right about every greedy token."""
     model, head = save_mimo(tmp_path_factory.mktemp("sure"), is_markov=True)
-    return Setting(model, True, {"method": "mtp"}, head, [])
+    return Setting(write_tokenizer(model), True, {"method": "mtp"}, head, [])
 
 
 def greedy_answer(model: Path, prompt: list[int]) -> list[int]:
@@ -135,6 +144,34 @@ def test_a_head_that_says_what_the_model_says_is_right_about_every_greedy_token(
     assert stats.drafts.num_draft_tokens == stats.drafts.num_accepted_tokens > 50
     assert max(stats.drafts.accepted_per_position[1:]) > 10
     assert given == [greedy_answer(sure.model, prompt) for prompt in prompts]
+
+
+def test_what_a_head_draws_obeys_the_grammar_of_the_request(sure: Setting) -> None:
+    names = ("json", "regex", "choice", "grammar")
+    params = [constrained(greedy(NUM_TOKENS), CONSTRAINTS[name]) for name in names] + [greedy(NUM_TOKENS)]
+    prompts = PROMPTS[1:]
+    plain = EngineCore(tiny_config(str(sure.model), **ONE_BUCKET))
+    core = sure.core(**ONE_BUCKET, data_parallel_size=2)
+    given, wanted = ([tokens(deltas) for deltas in run(engine, prompts, params)] for engine in (core, plain))
+    drafts = core.stats().drafts
+    for engine in (core, plain):
+        engine.shutdown()
+    assert given == wanted
+    assert drafts.num_draft_tokens == drafts.num_accepted_tokens > 30
+
+
+def test_a_head_that_has_no_token_that_the_grammar_allows_changes_no_answer(tmp_path: Path) -> None:
+    model = write_tokenizer(save_random_llama(tmp_path / "model"))
+    few = {"draft_vocab_size": 10}
+    head = save_eagle3(random_eagle3(model, **few), tmp_path / "head", **few)
+    params = [constrained(greedy(12), CONSTRAINTS["json"]), constrained(greedy(12), CONSTRAINTS["choice"])]
+    given = []
+    for speculative in (None, {"method": "eagle3", "model": str(head), "adaptive": False}):
+        core = EngineCore(tiny_config(str(model), speculative_config=speculative, **ONE_BUCKET))
+        given.append([tokens(deltas) for deltas in run(core, PROMPTS[1:3], params)])
+        core.shutdown()
+    assert given[0] == given[1]
+    assert core.stats().drafts.num_draft_tokens > 20
 
 
 @pytest.mark.parametrize(("name", "way"), [("eagle3", "batched"), ("mimo", "chunked, synchronous")])

@@ -72,6 +72,26 @@ def test_masks_behind_drafts_are_those_of_a_matcher_that_has_gone_there(compiler
     assert ahead.num_tokens == 0
 
 
+def test_a_matcher_behind_drafts_goes_its_own_way(compiler):
+    text = ids('{"name": "Bo"')
+    first = matcher(compiler, json=PERSON)
+    first.consume(text[:3])
+    behind = [first.behind(text[3:end]) for end in range(3, len(text) + 1)]
+    masks = compiler.masks.make([(one, []) for one in behind])
+    assert [allowed(mask) for mask in masks] == [allowed(mask) for mask in compiler.masks.make([(first, text[3:])])]
+    assert (first.num_tokens, behind[-1].num_tokens) == (3, len(text))
+    wrong = first.behind([NO])
+    assert wrong.error and not first.error
+    assert allowed(compiler.masks.make([(wrong, [])])[0]) == set(range(len(TABLE.tokens)))
+
+
+def test_a_matcher_behind_a_draft_of_the_end_allows_the_end_alone(compiler):
+    choice = matcher(compiler, [STOP], choice=["yes", "yes!"])
+    ended = choice.behind([YES, STOP])
+    assert ended.has_ended and not choice.has_ended
+    assert allowed(compiler.masks.make([(ended.behind([]), [])])[0]) == {EOS, STOP}
+
+
 def test_a_forbidden_draft_is_in_no_mask_and_frees_the_places_behind(compiler):
     choice = matcher(compiler, choice=["yes"])
     masks = compiler.masks.make([(choice, [*ids("y"), NO, *ids("s")])])
