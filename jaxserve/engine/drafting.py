@@ -114,7 +114,9 @@ def _with_head(
     decoder = replace(files.decoder, feature_layers=head.feature_layers)
     model = ModelParts(files, ModelGraph(decoder, dtype=files.dtype, backend=backend))
     backend = _backend(config, "draft head", speculative.model or config.model.model, head.files, model.graph)
-    graph = ModelGraph(head.config, dtype=files.dtype, backend=backend, family=head.family)
+    graph = ModelGraph(
+        head.config, dtype=files.dtype, backend=backend, family=head.family, numerics=model.graph.numerics
+    )
     parts = HeadParts(head.files, graph, head=head, model=model.graph, max_drafts=speculative.num_speculative_tokens)
     return model, parts
 

@@ -62,7 +62,7 @@ def _advance(
     batch: ForwardBatch,
 ) -> tuple[jax.Array, list[LayerCache]]:
     slots, positions = jnp.asarray(batch.token_slots), jnp.asarray(batch.positions)
-    inputs = batch.attention_inputs(block_tables)
+    inputs = batch.step_inputs(block_tables)
     # Of a sequence's last possible position the next token is never asked.
     token_ids = tokens[slots, jnp.minimum(positions + 1, tokens.shape[1] - 1)]
     x, caches = head.advance(token_ids, x, positions, caches, inputs)

@@ -42,12 +42,14 @@ class ModelGraph:
         dtype: DTypeLike,
         backend: AttentionBackend,
         family: type[CausalLM] | type[DraftHead] | None = None,
+        numerics: Numerics | None = None,
     ) -> None:
-        """`family`: the class of the model; None: what the config's architecture names."""
+        """`family`: the class of the model; None: what the config's architecture names. `numerics`: those of a model
+        whose parameters it shares; None: what is fastest for this dtype and backend."""
         self.config = _split(config, backend.mesh.shape[TENSOR])
         # XLA splits its own products over a mesh; of a custom call it would gather the operands.
         native = backend.implementation == "native_cpu" and backend.mesh.size == 1
-        self.numerics = Numerics.for_platform(platform_of(backend.mesh), dtype, native=native)
+        self.numerics = numerics or Numerics.for_platform(platform_of(backend.mesh), dtype, native=native)
         self._family: Any = family or family_of(config.architecture)
         model = self._family(self.config, numerics=self.numerics, backend=backend)
         self._graph, state = nnx.split(model)

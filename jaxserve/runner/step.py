@@ -57,8 +57,8 @@ class ForwardBatch:
             metadata=batch.metadata,
         )
 
-    def attention_inputs(self, block_tables: Int[Array, "slots blocks_per_seq"]) -> StepInputs:
-        """What all attention layers are told; `block_tables` are those of all slots."""
+    def step_inputs(self, block_tables: Int[Array, "slots blocks_per_seq"]) -> StepInputs:
+        """What all layers are told; `block_tables` are those of all slots."""
         metadata = self.metadata.with_tables(block_tables[self.row_slots])
         return StepInputs(
             metadata=metadata, kv_slots=jnp.asarray(self.kv_slots), num_tokens=jnp.asarray(self.num_tokens)
@@ -80,7 +80,7 @@ def forward(
     Features are what a draft head reads of inner layers, None where there is no such head.
     """
     token_ids = tokens[batch.token_slots, batch.positions]
-    inputs = batch.attention_inputs(block_tables)
+    inputs = batch.step_inputs(block_tables)
     hidden, features, caches = graph.bind(params).hidden_states(token_ids, jnp.asarray(batch.positions), caches, inputs)
     return hidden, hidden[batch.sample_tokens], features, caches
 
@@ -102,7 +102,7 @@ class SampleBatch:
     def from_host(cls, batch: HostBatch) -> SampleBatch:
         """The sampler's share of a host batch."""
         samples = batch.samples
-        return cls(samples.slots, samples.positions, np.array(len(samples), np.int32))
+        return cls(samples.slots, samples.positions, np.int32(len(samples)))
 
 
 def sample_rows(
@@ -144,7 +144,7 @@ def _on_logits(
     graph: ModelGraph,
     head: Params,
     hidden: jax.Array,
-    num_rows: Any,
+    num_rows: jax.Array | np.ndarray | None,
     function: Callable[..., SampledTokens],
     *whole: Any,
 ) -> SampledTokens:

@@ -43,8 +43,8 @@ def matmul(
 
     With `norm`, x is `x / sqrt(mean(x^2) + epsilon) * norm` first. With a weight of three axes, y is
     `silu(x @ weight[0].T) * (x @ weight[1].T)`. With `residual`, y is added to it.
-    Rows of x from `num_tokens` on are padding: they may be left out, and nothing is said of their rows of y but that
-    they are finite.
+    Rows of x from `num_tokens` on are padding: "native_cpu" leaves them out, and their rows of y are zeros, or the
+    residual's; XLA computes them as any other.
 
     With `panels`, the weight's values lie as `to_panels(weight, native.panel_columns(weight.dtype))` has them: for
     "native_cpu", where these are not 0.

@@ -131,8 +131,8 @@ def test_rows_that_share_blocks_get_the_bits_they_have_alone(dtype):
     geometry = AttentionGeometry(q_heads=4, kv_heads=2, head_dim=64, block_size=16, dtype=dtype)
     rng = np.random.default_rng(5)
     first, second = np.arange(1, 21), np.arange(21, 41)
-    kv_lens = [320, 130, 70, 64, 65, 200, 320, 10, 127, 128, 129, 300, 310, 81, 320, 320]
-    num_shared = [20, 8, 4, 3, 4, 0, 12, 0, 7, 8, 8, 12, 16, 5, 20, 19]  # leading blocks that are the prefix's
+    kv_lens = [320, 130, 70, 64, 65, 200, 320, 10, 127, 128, 129, 300, 310, 81, 320, 320, 64, 64]
+    num_shared = [20, 8, 4, 4, 4, 0, 12, 0, 7, 8, 8, 12, 16, 5, 20, 19, 4, 3]  # leading blocks that are the prefix's
     tables, own = np.zeros((len(kv_lens), 20), np.int32), 41
     for row, (kv_len, shared) in enumerate(zip(kv_lens, num_shared, strict=True)):
         blocks = -(-kv_len // 16)

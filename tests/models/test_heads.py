@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from jaxserve.config import ModelSettings
-from jaxserve.config_speculative import Method, SpeculativeConfig
+from jaxserve.config_speculative import Method
+from jaxserve.engine.drafting import HeadParts, open_models
 from jaxserve.models.head import DraftHead
 from jaxserve.parallel.mesh import make_mesh
 from jaxserve.runner.batch import BatchBuilder
 from jaxserve.runner.buckets import Buckets
-from jaxserve.runner.head_loading import open_head
 from jaxserve.runner.loading import load_weights, open_model
-from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.model_graph import choose_backend
 from jaxserve.runner.slot_table import SlotTable
 from jaxserve.runner.step import ForwardBatch
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.scheduler.plan import NewSlot, StepPlan
 from tests.checkpoints import save_random_llama
+from tests.harness import tiny_config
 from tests.models import test_llama
 from tests.speculative.heads import (
     model_features,
@@ -45,15 +45,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarray) -> np.ndarray:
     """f32[tokens - 1, vocab] of one pass over the prompt."""
-    speculative = SpeculativeConfig(method=method, model=str(head) if head else None)
-    target = open_model(ModelSettings(model=str(model), dtype="float32"))
-    opened = open_head(speculative, target, is_dummy=False, max_model_len=128)
+    config = tiny_config(str(model), speculative_config={"method": method, "model": str(head) if head else None})
+    target = open_model(config.model)
     mesh = make_mesh()
-    backend = choose_backend(opened.config, dtype=np.float32, block_size=16, mesh=mesh)
-    graph = ModelGraph(opened.config, dtype=np.float32, backend=backend, family=opened.family)
-    model_graph = ModelGraph(target.decoder, dtype=np.float32, backend=backend)
-    params = opened.complete(
-        load_weights(opened.files, graph, lambda *_: None),
+    backend = choose_backend(target.decoder, dtype=np.float32, block_size=16, mesh=mesh)
+    model_parts, parts = open_models(config, target, backend, max_model_len=128)
+    assert isinstance(parts, HeadParts)
+    graph, model_graph = parts.graph, model_parts.graph
+    params = parts.head.complete(
+        load_weights(parts.files, graph, lambda *_: None),
         model_graph,
         load_weights(target, model_graph, lambda *_: None),
     )
@@ -72,8 +72,8 @@ def logits_of(model: Path, method: Method, head: Path | None, features: np.ndarr
         step_id=0, new_slots=[new], request_ids=["r"], slots=[1], starts=[0], num_tokens=[count], samples=[True]
     )
     slots.apply(plan)
-    batch = BatchBuilder(Buckets((64,), (2,)), slots, backend).build(plan).batches[0]
-    inputs = ForwardBatch.from_host(batch).attention_inputs(jnp.asarray(slots.block_tables))
+    batch = BatchBuilder(Buckets((64,), (2,)), slots, graph.backend).build(plan).batches[0]
+    inputs = ForwardBatch.from_host(batch).step_inputs(jnp.asarray(slots.block_tables))
     padding = 64 - count
 
     @jax.jit
@@ -104,6 +104,14 @@ def test_eagle3_logits_agree_with_the_reference(model: Path, tmp_path: Path, sav
     features = model_features(model, PROMPT)[:-1]
     given = logits_of(model, "eagle3", save(head, tmp_path / "head", **changes), features.numpy())
     assert given.shape == (59, 320)
+    check(given, head, features)
+
+
+def test_a_head_whose_attention_runs_elsewhere_reads_the_model_s_embedding(model: Path, tmp_path: Path) -> None:
+    changes = {"head_dim": 8}  # for XLA, where the model's 16 may be for C++
+    head = random_eagle3(model, **changes)
+    features = model_features(model, PROMPT)[:-1]
+    given = logits_of(model, "eagle3", save_eagle3(head, tmp_path / "head", **changes), features.numpy())
     check(given, head, features)
 
 

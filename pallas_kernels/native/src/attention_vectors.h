@@ -251,10 +251,12 @@ class Walk {
  private:
   int64_t units() const { return batch_.head_dim / Scores<W>::kValues; }
 
-  // The queries [first, last), in order of their positions, over the positions [begin, end) of one sequence.
+  // The queries [first, last) over the positions [begin, end) of one sequence. They are in order of their positions, or
+  // each sees them all.
   void pass(int64_t first, int64_t last, const int32_t* table, int64_t begin, int64_t end) {
     const int64_t seen = batch_.window ? std::max<int64_t>(0, room_.queries[first].position - batch_.window + 1) : 0;
     begin = std::max(begin, seen / kChunk * kChunk);
+    if (begin >= end) return;  // a decode that ends where what it shares does
     Places<W> keys_of[2], values_of[2];  // this chunk's and the next one's
     find(table, begin, end, keys_of[0], values_of[0]);
     begin_fetching(keys_of[0], values_of[0], end - begin);
@@ -267,7 +269,7 @@ class Walk {
       score(first, last, keys_of[now], keys_of[next], count);
       for (int64_t i = first; i < last; ++i) {
         const int64_t position = room_.queries[i].position;
-        const int64_t low = batch_.window ? position - batch_.window + 1 - at : 0;
+        const int64_t low = batch_.window ? std::max<int64_t>(0, position - batch_.window + 1 - at) : 0;
         soften(batch_, low, std::min(count, position + 1 - at), room_.scores.data() + i * kChunk, room_.queries[i],
                room_.out.data() + i * batch_.head_dim);
       }
@@ -276,7 +278,7 @@ class Walk {
     }
   }
 
-  // Where a chunk's keys and values lie, which begin at position `at`; behind the last one of all it stands again.
+  // Where a chunk's keys and values lie, from position `at` on; places behind `end` repeat the last one.
   void find(const int32_t* table, int64_t at, int64_t end, const W** keys, const W** values) const {
     const int64_t stride = batch_.kv_heads * batch_.head_dim, count = std::min<int64_t>(kChunk, end - at);
     int64_t block = at / batch_.block_size, offset = at % batch_.block_size, place = 0;

@@ -1,4 +1,4 @@
-// Dot products of a few rows of x with a few rows of weights or keys: the inner loop of matmul and of attention.
+// Dot products of a few rows of x with a few rows of weights: the inner loop of matmul.
 //
 // Each product is summed in the same order whatever stands beside it, so a row's result does not depend on its batch.
 #pragma once
