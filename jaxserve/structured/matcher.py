@@ -38,7 +38,7 @@ class GrammarMatcher:
                 self.inner.consume_token(token_id)
 
     def behind(self, token_ids: Sequence[int]) -> GrammarMatcher:
-        """Another one that has gone on by these tokens; what goes wrong with it is its own error."""
+        """Another one that has gone on by these tokens, with errors of its own; the lexer's limits are shared."""
         ahead = GrammarMatcher(self.inner.deep_copy(), self.end_ids)
         ahead.has_ended, ahead.num_tokens = self.has_ended, self.num_tokens
         ahead.consume(token_ids)
