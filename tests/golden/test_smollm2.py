@@ -6,11 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 from jaxserve.engine.core import EngineCore
 from jaxserve.tokenizer.tokenizer import Tokenizer
 from tests.checkpoints import SMOLLM2, smollm2_logprobs
 from tests.harness import greedy, run, tiny_config, tokens
+from tests.speculative.heads import EAGLE3_CONFIG, save_eagle3
+from tests.speculative.reference_heads import Eagle3Reference
 
 NUM_TOKENS = 40
 COMMON = "You are a careful assistant. Answer in one short sentence, and say so when you do not know. "
@@ -112,6 +115,24 @@ def test_with_itself_as_its_draft_model_the_tokens_are_the_same_and_all_drafts_h
     assert [tokens(one) for one in deltas] == [wanted[:12] for wanted, _ in reference[:3]]
     stats = core.stats()
     assert stats.drafts.num_draft_tokens == stats.drafts.num_accepted_tokens > 15
+    assert stats.num_compiles_after_ready == 0
+    core.shutdown()
+
+
+def test_with_an_eagle3_head_that_knows_nothing_the_tokens_are_the_same(prompts, reference, tmp_path) -> None:
+    wanted = [answer[:12] for answer, _ in reference[:3]]
+    token_ids = torch.tensor(sorted({token_id for answer in wanted for token_id in answer}))
+    sizes = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152}
+    changes = sizes | {"draft_vocab_size": len(token_ids)}
+    torch.manual_seed(0)
+    head = Eagle3Reference(EAGLE3_CONFIG | changes, torch.empty(0), token_ids)
+    folder = save_eagle3(head, tmp_path / "head", **changes)
+    speculative = {"method": "eagle3", "model": str(folder), "num_speculative_tokens": 3, "adaptive": False}
+    changes = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "token_buckets": (16,), "max_model_len": 64}
+    core = EngineCore(tiny_config(SMOLLM2, speculative_config=speculative, num_gpu_blocks_override=6, **changes))
+    assert [tokens(one) for one in run(core, prompts[:3], greedy(12))] == wanted
+    stats = core.stats()
+    assert stats.drafts.num_draft_tokens > 15
     assert stats.num_compiles_after_ready == 0
     core.shutdown()
 
