@@ -8,10 +8,10 @@
 
 namespace jaxserve {
 
-constexpr int kChunk = 64;     // positions of keys at a time
-constexpr int kQueries = 48;   // of an item, unless one token has more
-constexpr int kItemsWanted = 4;  // a thread, before decodes walk together what they share
-constexpr int64_t kLine = 64;  // bytes
+constexpr int kChunk = 64;            // positions of keys at a time
+constexpr int kQueries = 48;          // of an item, unless one token has more
+constexpr int kItemsWanted = 4;       // a thread, before decodes walk together what they share
+constexpr int64_t kLine = 64;         // bytes
 constexpr float kMasked = -2.38e38f;  // -inf would give nan where nothing has been seen
 
 struct Batch {

@@ -320,7 +320,7 @@ class Walk {
           const float* const turned = room_.turned.data() + at;
           const auto vectors = [=](int64_t unit, int v) { return load<Vec>(turned + unit * kChunk + v * kLanes); };
           accumulate<Scores<W>, rows(), vecs()>(room_.q.data() + i * units(), units(), 0, units(), vectors, true,
-                                     room_.scores.data() + i * kChunk + at, kChunk);
+                                                room_.scores.data() + i * kChunk + at, kChunk);
         };
         int64_t at = 0;
         for (; at + kWide * kLanes / 2 < count; at += kWide * kLanes) some(std::integral_constant<int, kWide>{}, at);
@@ -340,8 +340,8 @@ class Walk {
             if (asks) ask_for(next[at] + d + v * kLanes);
             return load_floats(values[at] + d + v * kLanes);
           };
-          accumulate<Scores<float>, rows(), vecs()>(room_.scores.data() + i * kChunk, kChunk, from, count, vectors, false,
-                                     room_.out.data() + i * depth + d, depth);
+          accumulate<Scores<float>, rows(), vecs()>(room_.scores.data() + i * kChunk, kChunk, from, count, vectors,
+                                                    false, room_.out.data() + i * depth + d, depth);
         };
         int64_t d = 0;
         for (; d + kWide * kLanes <= depth; d += kWide * kLanes) some(std::integral_constant<int, kWide>{}, d);
