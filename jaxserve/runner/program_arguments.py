@@ -73,7 +73,7 @@ class ProgramArguments:
             for bucket in shapes.buckets.all()
         }
         self.sample_packings = {
-            rows: Packing(SampleBatch(np.zeros(rows, np.int32), np.zeros(rows, np.int32), np.int32(0)))
+            rows: Packing(SampleBatch(*(np.zeros(shape, np.int32) for shape in (rows, rows, ()))))
             for rows in shapes.buckets.row_sizes
         }
 

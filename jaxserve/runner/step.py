@@ -53,7 +53,7 @@ class ForwardBatch:
             kv_slots=batch.kv_slots,
             row_slots=padded(batch.row_slots, batch.bucket.num_rows),
             sample_tokens=batch.samples.tokens,
-            num_tokens=np.int32(batch.num_tokens.sum()),
+            num_tokens=np.array(batch.num_tokens.sum(), np.int32),
             metadata=batch.metadata,
         )
 
@@ -102,7 +102,7 @@ class SampleBatch:
     def from_host(cls, batch: HostBatch) -> SampleBatch:
         """The sampler's share of a host batch."""
         samples = batch.samples
-        return cls(samples.slots, samples.positions, np.int32(len(samples)))
+        return cls(samples.slots, samples.positions, np.array(len(samples), np.int32))
 
 
 def sample_rows(

@@ -166,11 +166,11 @@ class DecodeSteps:
             kv_slots=tables[:, position // block_size] * block_size + position % block_size,
             row_slots=slots,
             sample_tokens=slots - 1,
-            num_tokens=np.int32(batch),
+            num_tokens=np.array(batch, np.int32),
             metadata=metadata,
         )
         empty = empty_batch(Bucket(batch, batch), self.backend, blocks_per_seq=self.blocks_per_seq)
-        sample = SampleBatch(slots, positions, np.int32(batch))
+        sample = SampleBatch(slots, positions, np.array(batch, np.int32))
         packed = Packing(ForwardBatch.from_host(empty)).pack(forward)[None], Packing(sample).pack(sample)[None]
         by_slot = np.zeros(self.shapes.tables_shape, np.int32)
         by_slot[slots] = tables
