@@ -86,10 +86,7 @@ class KVCacheSpec:
 
     def allocate(self, num_blocks: int, mesh: Mesh) -> list[LayerCache]:
         """Zeroed pools of all layers and data shards, split over the mesh."""
-        abstract = self.abstract(num_blocks, mesh)
-
-        def zeros() -> list[LayerCache]:
-            return [tuple(jnp.zeros(pool.shape, pool.dtype) for pool in layer) for layer in abstract]  # type: ignore[misc]
-
-        shardings = jax.tree.map(lambda pool: pool.sharding, abstract)
-        return jax.jit(zeros, out_shardings=shardings)()
+        pools = self.abstract(num_blocks, mesh)
+        one, _ = pools[0]  # all are alike, so one small program makes them
+        zeros = jax.jit(lambda: jnp.zeros(one.shape, one.dtype), out_shardings=one.sharding)
+        return [(zeros(), zeros()) for _ in pools]

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import signal
 import socket
+import subprocess
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.cli.flags import Launch
 from jaxserve.config import API_KEY_VARIABLE, SECTIONS, Config, ModelSettings, ServerSettings
+from jaxserve.engine.spawn import spawn
 from jaxserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,24 +47,28 @@ def run_server(config: Config, *, core: str = DEFAULT_CORE) -> None:
     with listening:
         warn_if_open(config.server)
         _check_chat_template(config.model)
+        # First of all that takes time: the engine process imports as much again, on a core of its own.
+        process = spawn(core) if config.parallel.nnodes == 1 else None
         from api.server import run
 
         try:
-            run(_serve(config, core, listening))
+            run(_serve(config, core, listening, process))
         except asyncio.CancelledError:  # SIGTERM, before the server was there to drain
             raise SystemExit(EXIT_TERMINATED) from None
 
 
-async def _serve(config: Config, core: str, listening: socket.socket) -> None:
+async def _serve(config: Config, core: str, listening: socket.socket, process: subprocess.Popen[bytes] | None) -> None:
     if config.parallel.distributed_executor_backend != "ray":
-        await _serve_on(config, core, listening, start=lambda engine: engine.start())
+        await _serve_on(config, core, listening, process, start=lambda engine: engine.start())
         return
     from jaxserve.engine.hosts.ray_workers import RayWorkers
 
     with _sigterm_cancels():
         workers = await RayWorkers(config).start()
     try:
-        await _serve_on(workers.config, core, listening, start=lambda engine: workers.run_beside(engine.start()))
+        await _serve_on(
+            workers.config, core, listening, process, start=lambda engine: workers.run_beside(engine.start())
+        )
     finally:
         await workers.stop()
 
@@ -71,6 +77,7 @@ async def _serve_on(
     config: Config,
     core: str,
     listening: socket.socket,
+    process: subprocess.Popen[bytes] | None,
     *,
     start: Callable[[ProcessEngineClient], Coroutine[Any, Any, None]],
 ) -> None:
@@ -85,7 +92,7 @@ async def _serve_on(
     display = StartupDisplay()
     names = config.model.served_names
     metrics = ServerMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
-    engine = ProcessEngineClient(config, core=core, metrics=metrics, on_progress=display.show)
+    engine = ProcessEngineClient(config, core=core, metrics=metrics, on_progress=display.show, process=process)
     with _sigterm_cancels():
         await start(engine)
     try:

@@ -29,6 +29,7 @@ from jaxserve.runner.memory import (
 )
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.runner.program_arguments import ProgramShapes
+from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.programs import LoadedModel, Programs
 from jaxserve.scheduler.settings import SchedulerSettings
 from jaxserve.weights.progress import loading_progress
@@ -92,6 +93,7 @@ class Assembly:
     buckets: Buckets
     memory_share: float  # the part of a device's own limit that the engine may take
     phases: Phases
+    store: ProgramStore | None = None
     agree: Callable[[str, int], int] = lambda name, value: value  # the least that any host has, by the value's name
 
     @property
@@ -112,7 +114,7 @@ class Assembly:
             return self._one_after_the_other(useful)
         shapes = self._fitting(num_blocks)
         loaded, programs = side_by_side(
-            lambda given_up: (self._load(given_up), self._allocate(num_blocks)),
+            lambda given_up: side_by_side(lambda _: self._load(given_up), lambda _: self._allocate(num_blocks)),
             lambda given_up: self._compile(shapes, given_up),
         )
         return self._together(*loaded, programs), shapes
@@ -181,5 +183,5 @@ class Assembly:
         num_threads = self.config.runtime.compile_threads or min(os.cpu_count() or 1, 8)
         with self.phases.phase("compile"):
             for programs in all_programs:
-                programs.compile(num_threads=num_threads, on_compiled=on_compiled)
+                programs.compile(store=self.store, num_threads=num_threads, on_compiled=on_compiled)
         return all_programs

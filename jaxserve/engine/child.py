@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -17,10 +16,11 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from jaxserve.config import API_KEY_VARIABLE, Config
+from jaxserve.config import Config
 from jaxserve.engine import wire
 from jaxserve.engine.hosts.session import HostSession
 from jaxserve.engine.process import LaunchOrder
+from jaxserve.engine.spawn import spawn
 from jaxserve.errors import ConfigError
 
 LAST_MESSAGES_S = 0.05  # how long to listen on after the process has ended
@@ -66,13 +66,20 @@ class EngineChild:
         threading.Thread(target=self._wait, args=(asyncio.get_running_loop(),), daemon=True).start()
 
     @classmethod
-    def launch(cls, config: Config, *, core: str, hosts: HostSession | None = None) -> EngineChild:
-        """Start the process; its messages tell how that goes."""
+    def launch(
+        cls,
+        config: Config,
+        *,
+        core: str,
+        hosts: HostSession | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> EngineChild:
+        """Start the process, or give its order to one that waits; its messages tell how that goes."""
         socket_dir = _make_socket_dir()
         context = zmq.asyncio.Context()
         try:
             socket = _bind(context, socket_dir)
-            process = _spawn()
+            process = process or spawn()
         except BaseException:
             context.destroy(linger=0)
             shutil.rmtree(socket_dir)
@@ -184,14 +191,6 @@ class EngineChild:
     def _remove_socket_dir(self) -> None:
         if self._socket_dir.exists():
             shutil.rmtree(self._socket_dir)
-
-
-def _spawn() -> subprocess.Popen[bytes]:
-    # The child imports from where its parent does; without -P it would look into the working directory first.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
-    environment.pop(API_KEY_VARIABLE, None)  # keys are the API's business alone
-    command = [sys.executable, "-P", "-m", "jaxserve.engine.process"]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
 
 
 def _make_socket_dir() -> Path:

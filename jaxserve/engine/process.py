@@ -1,5 +1,6 @@
 """The engine process: `python -m jaxserve.engine.process` runs one engine core and talks to its parent over a socket.
 
+    argument a core to import before there is an order, or none
     stdin    one line of JSON (`LaunchOrder`), then silence; its end means that the parent is gone
     socket   messages of `wire`, both ways
     stderr   the log
@@ -19,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NoReturn, Protocol
 
@@ -180,7 +182,13 @@ def main() -> int:
     """Run the engine process; the result is its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=LaunchOrder)
+    if len(sys.argv) > 1:
+        with suppress(Exception):  # it comes again, and is told of, where the core is made
+            importlib.import_module(sys.argv[1].partition(":")[0])
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0  # the parent ended before it had an order
+    order = msgspec.json.decode(line, type=LaunchOrder)
     logging.basicConfig(level="WARNING", format="%(asctime)s %(levelname)s engine %(name)s: %(message)s")
     logging.getLogger("jaxserve").setLevel(order.log_level)
     _die_with_parent(order.parent_pid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,8 +50,13 @@ class ProcessEngineClient:
         metrics: ServerMetrics | None = None,
         on_progress: Callable[[str], None] | None = None,
         backoff_s: float = 0.5,
+        process: subprocess.Popen[bytes] | None = None,
     ) -> None:
-        """`core` is the core's class as "module:attribute"; `backoff_s` the pause before the second restart."""
+        """`core` is the core's class as "module:attribute"; `backoff_s` the pause before the second restart.
+
+        `process` came from `spawn` and is the first engine process, of one host; without it one is started.
+        """
+        self._waiting_process = process
         self.metrics = metrics or ServerMetrics(
             model_name=config.model.served_names[0], prefix=config.server.metrics_prefix
         )
@@ -182,6 +188,9 @@ class ProcessEngineClient:
         for request_id in self._live.ids():
             await self.abort(request_id)
         await self._supervisor.stop()
+        if self._waiting_process is not None:  # for an order that never came
+            self._waiting_process.kill()
+            self._waiting_process.communicate()
         if self._hosts is not None:
             await self._hosts.close()
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
@@ -195,7 +204,8 @@ class ProcessEngineClient:
 
     def _launch(self) -> Child:
         if self._hosts is None:
-            return EngineChild.launch(self._config, core=self._core)
+            process, self._waiting_process = self._waiting_process, None
+            return EngineChild.launch(self._config, core=self._core, process=process)
         parallel = self._config.parallel
         return GroupChild(
             self._hosts, parallel, lambda hosts: EngineChild.launch(self._config, core=self._core, hosts=hosts)

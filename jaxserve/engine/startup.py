@@ -26,7 +26,7 @@ from jaxserve.layers.numerics import Numerics
 from jaxserve.parallel.mesh import make_mesh, platform_of
 from jaxserve.parallel.multihost import own_compile_cache
 from jaxserve.runner.buckets import Buckets
-from jaxserve.runner.compilation import CompileGuard, enable_persistent_cache
+from jaxserve.runner.compilation import CompileGuard, keep_programs
 from jaxserve.runner.grammars import SlotGrammars
 from jaxserve.runner.loading import ModelFiles, open_model
 from jaxserve.runner.model_graph import choose_backend
@@ -62,12 +62,12 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
         raise ConfigError(f"nnodes is {config.parallel.nnodes}: only 'jaxserve serve' runs on several hosts")
     phases = Phases(on_progress)
     memory_share = choose_device(config)
-    compiled = own_compile_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
-    enable_persistent_cache(compiled)
     guard = CompileGuard()
     with phases.phase("device"):
         parallel = config.parallel
         mesh = make_mesh(parallel.tensor_parallel_size, data_parallel_size=parallel.data_parallel_size)
+        folder = own_compile_cache(Path(config.runtime.compilation_cache_dir or cache_dir() / "compiled"))
+        store = keep_programs(folder, mesh)
     with phases.phase("open"):
         files = open_model(config.model)
         defaults = DeviceDefaults.of(platform_of(mesh))
@@ -91,6 +91,7 @@ def start(config: Config, on_progress: OnProgress, hosts: Hosts | None = None) -
         buckets=step_buckets(config, settings, models[0].graph.numerics),
         memory_share=memory_share,
         phases=phases,
+        store=store,
         agree=partial(smallest, hosts),
     )
     (loaded, *drafting), shapes = assembly.assemble()

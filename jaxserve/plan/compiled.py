@@ -18,6 +18,7 @@ from jaxserve.plan.devices import Devices
 from jaxserve.plan.hlo import collectives
 from jaxserve.plan.memory import Memory, plan_memory
 from jaxserve.plan.topologies import lowering_for, topology_mesh
+from jaxserve.runner.program import Program
 from jaxserve.runner.program_arguments import sizes_of
 
 Tell = Callable[[str], None]
@@ -45,8 +46,8 @@ def confirm(config: Config, devices: Devices, planned: Memory, tell: Tell) -> Co
             lowered = lower()
             return _Counted(lowered, lowered.compile())
 
-    def compile_jobs(jobs: Mapping[str, Callable[[], Lowered]]) -> dict[str, Compiled]:
-        return {name: compile_one(f"the largest step, {name}", lower).compiled for name, lower in jobs.items()}
+    def compile_jobs(jobs: Mapping[str, Program]) -> dict[str, Compiled]:
+        return {name: compile_one(f"the largest step, {name}", job.lower).compiled for name, job in jobs.items()}
 
     # The pool of the plan, for shapes alone: what a step takes beside it does not depend on its size.
     shapes = deployment.shapes(num_blocks=planned.num_blocks, max_model_len=planned.max_model_len)

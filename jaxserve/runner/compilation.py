@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every shape, in threads, with the persistent cache; and the guard after ready."""
+"""Ahead-of-time compilation of every shape, in threads, or from where it is kept; and the guard after ready."""
 
 from __future__ import annotations
 
@@ -13,60 +13,84 @@ from typing import TypeVar
 
 import jax
 from jax import monitoring
-from jax.stages import Compiled, Lowered
+from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from jaxserve.errors import ConfigError
+from jaxserve.parallel.mesh import platform_of, spans_hosts
+from jaxserve.runner.program import Program
+from jaxserve.runner.program_store import ProgramStore
 
 logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key")
 OnCompiled = Callable[[int, int], None]  # done, in total
-CompileJobs = Callable[[Mapping[str, Callable[[], Lowered]]], Mapping[str, Compiled]]
+CompileJobs = Callable[[Mapping[str, Program]], Mapping[str, Compiled]]
 
-# jax records one of these a program that is compiled, or read from the persistent cache, outside ahead-of-time calls.
+# jax records one of these a program that is compiled, or read from its own cache, outside ahead-of-time calls.
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
-def enable_persistent_cache(folder: Path) -> None:
-    """Keep compiled programs in `folder`, whatever they took to compile. Set once, before the first compile.
+def keep_programs(folder: Path, mesh: Mesh) -> ProgramStore | None:
+    """Where the programs of `mesh` are kept between starts, in `folder`, which is made readable by its owner alone.
 
-    A cache holds code that will run: the folder is made readable by its owner alone.
+    On several hosts, GPUs and TPUs JAX keeps them, in its own cache, and they are traced at every start; so it is where
+    this process uses that cache already. Call it before the first compile.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise ConfigError(f"compilation_cache_dir {folder} cannot be made: {error.strerror}") from error
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if spans_hosts(mesh) or platform_of(mesh) != "cpu":  # nobody has seen them kept whole there
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        return None
+    if used := jax.config.values["jax_compilation_cache_dir"]:  # a program from there cannot be written a second time
+        logger.info("JAX keeps programs in %s, so they are traced at every start", used)
+        return None
+    return ProgramStore(folder, mesh)
 
 
 def compile_all(
-    jobs: Mapping[Key, Callable[[], Lowered]],
+    jobs: Mapping[Key, Program],
     *,
+    store: tuple[ProgramStore, str] | None = None,
     num_threads: int | None = None,
     on_compiled: OnCompiled | None = None,
 ) -> dict[Key, Compiled]:
-    """Trace, lower and compile every job; the largest should come first.
+    """Read every program from `store`, or trace, lower and compile it; the largest should come first.
 
-    The first error ends it. Compiles that run then cannot be stopped, and are not waited for.
+    `store` comes with a description of all that the jobs depend on, beside their keys. The first error ends it.
+    Compiles that run then cannot be stopped, and are not waited for.
     """
     num_threads = num_threads or os.cpu_count() or 1
     compiled: dict[Key, Compiled] = {}
+    num_kept = 0
     pool = ThreadPoolExecutor(num_threads, thread_name_prefix="compile")
     try:
-        futures = {pool.submit(_compile, lower): key for key, lower in jobs.items()}
+        futures = {pool.submit(_compile, key, program, store): key for key, program in jobs.items()}
         for future in as_completed(futures):
-            compiled[futures[future]] = future.result()
+            compiled[futures[future]], was_kept = future.result()
+            num_kept += was_kept
             if on_compiled is not None:
                 on_compiled(len(compiled), len(jobs))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+    if store is not None:
+        logger.info("%d of %d programs were kept from an earlier start", num_kept, len(jobs))
     return compiled
 
 
-def _compile(lower: Callable[[], Lowered]) -> Compiled:
-    return lower().compile()
+def _compile(key: object, program: Program, store: tuple[ProgramStore, str] | None) -> tuple[Compiled, bool]:
+    """The program, and whether it was in the store."""
+    if store is None:
+        return program.lower().compile(), False
+    kept, common = store
+    description = f"{key} of {common}"
+    if (known := kept.find(description, program)) is not None:
+        return known, True
+    return kept.compile(description, program), False
 
 
 class CompileGuard:

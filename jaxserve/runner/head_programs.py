@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,9 @@ from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compilation import CompileJobs, OnCompiled, compile_all
 from jaxserve.runner.head_step import advance, draw, follow
 from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.program import Program
 from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes, bytes_of_a_device, sizes_of
+from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import VARIANTS, SamplingInputs, Variant
 from jaxserve.sampling.sampler import SampledTokens
@@ -93,29 +94,36 @@ class HeadPrograms:
 
     # Compilation -----------------------------------------------------------------------------------------------------
 
-    def compile(self, *, num_threads: int | None = None, on_compiled: OnCompiled | None = None) -> None:
-        """Compile everything, the largest step first."""
-        jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
+    def compile(
+        self,
+        *,
+        store: ProgramStore | None = None,
+        num_threads: int | None = None,
+        on_compiled: OnCompiled | None = None,
+    ) -> None:
+        """Compile everything that `store` has not, the largest step first."""
+        jobs: dict[tuple[Any, ...], Program] = {}
         buckets = self._shapes.buckets
         for bucket in buckets.all():
-            jobs["follow", bucket] = partial(self.lower_forward, bucket)
+            jobs["follow", bucket] = self._follow(bucket)
         if self._can_advance:
             most = buckets.pick(min(self._shapes.max_num_seqs, buckets.token_sizes[-1]))
             for bucket in buckets.all():
                 if bucket <= most:
-                    jobs["advance", bucket] = partial(self.lower_advance, bucket)
+                    jobs["advance", bucket] = self._advance(bucket)
         for rows in buckets.row_sizes:
             for variant in VARIANTS:
-                jobs["draw", rows, variant] = partial(self.lower_sample, rows, variant)
-        self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
+                jobs["draw", rows, variant] = self._draw(rows, variant)
+        described = store and (store, f"{self._graph.description} {self._shapes} {self._states}")
+        self._compiled |= compile_all(jobs, store=described, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
         """Bytes that the head's part of a step takes on each device; see `Programs.step_bytes`."""
         bucket = self._shapes.buckets.all()[0]
         compiled = compile_jobs(
             {
-                "follow": partial(self.lower_forward, bucket),
-                "draw": partial(self.lower_sample, bucket.num_rows, "full"),
+                "follow": self._follow(bucket),
+                "draw": self._draw(bucket.num_rows, "full"),
             }
         )
         sizes = {name: sizes_of(program) for name, program in compiled.items()}
@@ -125,6 +133,19 @@ class HeadPrograms:
 
     def lower_forward(self, bucket: Bucket) -> Lowered:
         """Trace and lower the head's pass behind the model's, for one bucket."""
+        return self._follow(bucket).lower()
+
+    def lower_advance(self, bucket: Bucket) -> Lowered:
+        """Trace and lower a pass over drafts, for one bucket."""
+        return self._advance(bucket).lower()
+
+    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
+        """Trace and lower the head's logits and the sampler for one number of rows."""
+        return self._draw(rows, variant).lower()
+
+    # What they are compiled for --------------------------------------------------------------------------------------
+
+    def _follow(self, bucket: Bucket) -> Program:
         config: Any = self._graph.config
         packing = self._arguments.forward_packings[bucket]
 
@@ -141,10 +162,9 @@ class HeadPrograms:
             return follow(self._graph, params, caches, states, tokens, block_tables, batch, features)
 
         features = self._arguments.activations(bucket.num_tokens, config.num_features)
-        return self._lower_pass(program, packing.size, features)
+        return self._pass(program, packing.size, features)
 
-    def lower_advance(self, bucket: Bucket) -> Lowered:
-        """Trace and lower a pass over drafts, for one bucket."""
+    def _advance(self, bucket: Bucket) -> Program:
         packing = self._arguments.forward_packings[bucket]
 
         def program(
@@ -157,20 +177,20 @@ class HeadPrograms:
         ) -> tuple[jax.Array, list[LayerCache]]:
             return advance(self._graph, params, caches, states, tokens, block_tables, packing.unpack(packed[0]))
 
-        return self._lower_pass(program, packing.size)
+        return self._pass(program, packing.size)
 
-    def _lower_pass(self, program: Callable[..., Any], packed_size: int, *more: jax.ShapeDtypeStruct) -> Lowered:
+    def _pass(self, program: Callable[..., Any], packed_size: int, *more: jax.ShapeDtypeStruct) -> Program:
         given = self._arguments
-        caches = given.caches()
-        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(5 + len(more))))
-        out = (by_data_shard(self._graph.mesh), jax.tree.map(lambda pool: pool.sharding, caches))
-        jitted = jax.jit(sharded, donate_argnums=(1, 2), out_shardings=out)
-        tables, packed = given.block_tables(), given.split(1, packed_size)
+        caches, tables, packed = given.caches(), given.block_tables(), given.split(1, packed_size)
         params = self._graph.abstract_params()
-        return jitted.lower(params, caches, self._states, given.tokens(), tables, packed, *more)
+        return Program(
+            function=given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(5 + len(more)))),
+            arguments=(params, caches, self._states, given.tokens(), tables, packed, *more),
+            results=(by_data_shard(self._graph.mesh), jax.tree.map(lambda pool: pool.sharding, caches)),
+            donated=(1, 2),
+        )
 
-    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
-        """Trace and lower the head's logits and the sampler for one number of rows."""
+    def _draw(self, rows: int, variant: Variant) -> Program:
         given = self._arguments
         packing = given.sample_packings[rows]
 
@@ -179,10 +199,13 @@ class HeadPrograms:
         ) -> tuple[jax.Array, SampledTokens]:
             return draw(self._graph, head, states, tokens, packing.unpack(packed[0]), inputs, variant=variant)
 
-        sharded = given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
-        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(by_data_shard(self._graph.mesh), given.results()))
         packed, inputs = given.split(1, packing.size), given.sampling_inputs(rows, variant)
-        return jitted.lower(given.head(), self._states, given.tokens(), packed, inputs)
+        return Program(
+            function=given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4))),
+            arguments=(given.head(), self._states, given.tokens(), packed, inputs),
+            results=(by_data_shard(self._graph.mesh), given.sampled(variant)),
+            donated=(2,),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

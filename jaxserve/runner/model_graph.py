@@ -57,6 +57,12 @@ class ModelGraph:
         self.backend = backend
         self.mesh: AnyMesh = backend.mesh
 
+    @property
+    def description(self) -> str:
+        """Names all that the graph was made of, so that graphs of one description trace alike."""
+        family = f"{self._family.__module__}.{self._family.__qualname__}"
+        return f"{family} {self.config} {self.numerics} {self.backend}"
+
     def bind(self, params: Mapping[str, jax.Array]) -> Any:
         """The `CausalLM` or `DraftHead` with these parameters; one that is left out stays abstract, and must not be
         used."""

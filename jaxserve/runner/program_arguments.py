@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from jaxserve.runner.model_graph import ModelGraph
 from jaxserve.runner.packing import Packing
 from jaxserve.runner.step import ForwardBatch, SampleBatch
 from jaxserve.sampling.inputs import SamplingInputs, Variant, abstract_inputs
+from jaxserve.sampling.sampler import SampledTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +90,11 @@ class ProgramArguments:
     def results(self) -> NamedSharding:
         """Of what the host reads: on several hosts each must hold all of it."""
         return replicated(self._graph.mesh) if self._spans_hosts else self._by_data_shard
+
+    def sampled(self, variant: Variant) -> SampledTokens:
+        """Of what such a sampler gives."""
+        fields = dataclasses.fields(SampledTokens) if variant == "full" else dataclasses.fields(SampledTokens)[:3]
+        return SampledTokens(*(self.results() for _ in fields))
 
     def on_each(self, program: Callable[..., Any], *in_specs: PartitionSpec) -> Callable[..., Any]:
         """The program of one data shard, run on all of them."""

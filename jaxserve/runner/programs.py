@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,9 @@ from jaxserve.parallel.mesh import EVERYWHERE, PER_DATA_SHARD, by_data_shard, re
 from jaxserve.runner.buckets import Bucket
 from jaxserve.runner.compilation import CompileJobs, OnCompiled, compile_all
 from jaxserve.runner.model_graph import ModelGraph, Params
+from jaxserve.runner.program import Program
 from jaxserve.runner.program_arguments import ProgramArguments, ProgramShapes, bytes_of_a_device, sizes_of
+from jaxserve.runner.program_store import ProgramStore
 from jaxserve.runner.step import (
     PROMPT_LOGPROB_ROWS,
     ForwardBatch,
@@ -25,6 +27,7 @@ from jaxserve.runner.step import (
     forward,
     sample_rows,
     score_prompt,
+    take_rows,
     write_entries,
     write_slot,
 )
@@ -81,8 +84,9 @@ class Programs:
         self, head: Params, hidden: jax.Array, indices: np.ndarray, target_ids: np.ndarray
     ) -> SampledTokens:
         """See `step.score_prompt`; `PROMPT_LOGPROB_ROWS` positions a data shard."""
-        program = self._compiled["score", hidden.shape[0] // self._arguments.num_data_shards]
-        return program(head, hidden, *self._arguments.to_devices((indices, target_ids)))
+        indices, target_ids = self._arguments.to_devices((indices, target_ids))
+        rows = self._compiled["take_rows", hidden.shape[0] // self._arguments.num_data_shards](hidden, indices)
+        return self._compiled[("score_prompt",)](head, rows, target_ids)
 
     def write_slot(
         self, tokens: jax.Array, block_tables: jax.Array, slot: int, token_row: np.ndarray, table_row: np.ndarray
@@ -118,25 +122,28 @@ class Programs:
         self,
         *,
         variants: Sequence[Variant] = VARIANTS,
+        store: ProgramStore | None = None,
         num_threads: int | None = None,
         on_compiled: OnCompiled | None = None,
     ) -> None:
-        """Compile everything, the largest step first; of the sampler these variants."""
-        jobs: dict[tuple[Any, ...], Callable[[], Lowered]] = {}
+        """Compile everything that `store` has not, the largest step first; of the sampler these variants."""
+        jobs: dict[tuple[Any, ...], Program] = {}
         for bucket in self._shapes.buckets.all():
-            jobs["forward", bucket] = partial(self.lower_forward, bucket)
+            jobs["forward", bucket] = self._forward(bucket)
         for rows in self._shapes.buckets.row_sizes:
             for variant in variants:
-                jobs["sample", rows, variant] = partial(self.lower_sample, rows, variant)
+                jobs["sample", rows, variant] = self._sample(rows, variant)
         if not self._only_draws:
             for num_tokens in self._shapes.buckets.token_sizes:
-                jobs["score", num_tokens] = partial(self._lower_score, num_tokens)
+                jobs["take_rows", num_tokens] = self._take_rows(num_tokens)
             given, shapes = self._arguments, self._shapes
-            jobs[("write_slot",)] = self._lower_write_slot
-            jobs[("write_blocks",)] = partial(self._lower_write_entries, given.block_tables(), shapes.max_new_blocks)
+            jobs[("score_prompt",)] = self._score_prompt()
+            jobs[("write_slot",)] = self._write_slot()
+            jobs[("write_blocks",)] = self._write_entries(given.block_tables(), shapes.max_new_blocks)
             if shapes.max_num_drafts:
-                jobs[("write_drafts",)] = partial(self._lower_write_entries, given.tokens(), shapes.max_num_drafts)
-        self._compiled |= compile_all(jobs, num_threads=num_threads, on_compiled=on_compiled)
+                jobs[("write_drafts",)] = self._write_entries(given.tokens(), shapes.max_num_drafts)
+        described = store and (store, f"{self._graph.description} {self._shapes}")
+        self._compiled |= compile_all(jobs, store=described, num_threads=num_threads, on_compiled=on_compiled)
 
     def step_bytes(self, compile_jobs: CompileJobs = compile_all) -> int:
         """Bytes that steps take on each device beside weights and pools, as the compiler counts them.
@@ -148,9 +155,9 @@ class Programs:
         bucket = self._shapes.buckets.all()[0]
         compiled = compile_jobs(
             {
-                "forward": partial(self.lower_forward, bucket),
-                "sample": partial(self.lower_sample, bucket.num_rows, "full"),
-                "score": partial(self._lower_score, bucket.num_tokens),
+                "forward": self._forward(bucket),
+                "sample": self._sample(bucket.num_rows, "full"),
+                "score": self._score_prompt(),
             }
         )
         sizes = {name: sizes_of(program) for name, program in compiled.items()}
@@ -161,6 +168,15 @@ class Programs:
 
     def lower_forward(self, bucket: Bucket) -> Lowered:
         """Trace and lower the model for one bucket."""
+        return self._forward(bucket).lower()
+
+    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
+        """Trace and lower the head and the sampler for one number of rows."""
+        return self._sample(rows, variant).lower()
+
+    # What they are compiled for --------------------------------------------------------------------------------------
+
+    def _forward(self, bucket: Bucket) -> Program:
         packing = self._arguments.forward_packings[bucket]
 
         def program(
@@ -170,14 +186,18 @@ class Programs:
 
         given = self._arguments
         caches, split = given.caches(), by_data_shard(self._graph.mesh)
-        out = (split, split, split, jax.tree.map(lambda pool: pool.sharding, caches))
-        sharded = self._arguments.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
-        jitted = jax.jit(sharded, donate_argnums=1, out_shardings=out)
-        packed = given.split(1, packing.size)
-        return jitted.lower(self._graph.abstract_params(), caches, given.tokens(), given.block_tables(), packed)
+        features = split if self._graph.config.feature_layers else None
+        return Program(
+            function=given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4))),
+            arguments=(
+                *(self._graph.abstract_params(), caches, given.tokens(), given.block_tables()),
+                given.split(1, packing.size),
+            ),
+            results=(split, split, features, jax.tree.map(lambda pool: pool.sharding, caches)),
+            donated=(1,),
+        )
 
-    def lower_sample(self, rows: int, variant: Variant) -> Lowered:
-        """Trace and lower the head and the sampler for one number of rows."""
+    def _sample(self, rows: int, variant: Variant) -> Program:
         packing = self._arguments.sample_packings[rows]
 
         def program(
@@ -185,33 +205,51 @@ class Programs:
         ) -> tuple[jax.Array, SampledTokens]:
             return sample_rows(self._graph, head, hidden, tokens, packing.unpack(packed[0]), inputs, variant=variant)
 
-        sharded = self._arguments.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4)))
         given = self._arguments
-        jitted = jax.jit(sharded, donate_argnums=2, out_shardings=(by_data_shard(self._graph.mesh), given.results()))
         packed, inputs = given.split(1, packing.size), given.sampling_inputs(rows, variant)
-        return jitted.lower(given.head(), given.hidden(rows), given.tokens(), packed, inputs)
+        return Program(
+            function=given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4))),
+            arguments=(given.head(), given.hidden(rows), given.tokens(), packed, inputs),
+            results=(by_data_shard(self._graph.mesh), given.sampled(variant)),
+            donated=(2,),
+        )
 
-    def _lower_score(self, num_tokens: int) -> Lowered:
-        program = partial(score_prompt, self._graph)
-        sharded = self._arguments.on_each(program, EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD, PER_DATA_SHARD)
-        jitted = jax.jit(sharded, out_shardings=self._arguments.results())
-        rows = self._arguments.split(PROMPT_LOGPROB_ROWS)
-        return jitted.lower(self._arguments.head(), self._arguments.hidden(num_tokens), rows, rows)
+    def _take_rows(self, num_tokens: int) -> Program:
+        given = self._arguments
+        return Program(
+            function=given.on_each(take_rows, PER_DATA_SHARD, PER_DATA_SHARD),
+            arguments=(given.hidden(num_tokens), given.split(PROMPT_LOGPROB_ROWS)),
+            results=by_data_shard(self._graph.mesh),
+        )
 
-    def _lower_write_slot(self) -> Lowered:
+    def _score_prompt(self) -> Program:
+        given = self._arguments
+        return Program(
+            function=given.on_each(partial(score_prompt, self._graph), EVERYWHERE, PER_DATA_SHARD, PER_DATA_SHARD),
+            arguments=(given.head(), given.hidden(PROMPT_LOGPROB_ROWS), given.split(PROMPT_LOGPROB_ROWS)),
+            results=given.sampled("full"),
+        )
+
+    def _write_slot(self) -> Program:
         given, split = self._arguments, by_data_shard(self._graph.mesh)
-        sharded = given.on_each(write_slot, *(PER_DATA_SHARD for _ in range(3)), EVERYWHERE, EVERYWHERE)
-        jitted = jax.jit(sharded, donate_argnums=(0, 1), out_shardings=(split, split))
         rows = (
             jax.ShapeDtypeStruct(shape[1:], jnp.int32, sharding=replicated(self._graph.mesh))
             for shape in (self._shapes.tokens_shape, self._shapes.tables_shape)
         )
-        return jitted.lower(given.tokens(), given.block_tables(), given.split(1), *rows)
+        return Program(
+            function=given.on_each(write_slot, *(PER_DATA_SHARD for _ in range(3)), EVERYWHERE, EVERYWHERE),
+            arguments=(given.tokens(), given.block_tables(), given.split(1), *rows),
+            results=(split, split),
+            donated=(0, 1),
+        )
 
-    def _lower_write_entries(self, table: jax.ShapeDtypeStruct, size: int) -> Lowered:
-        sharded = self._arguments.on_each(write_entries, PER_DATA_SHARD, PER_DATA_SHARD)
-        jitted = jax.jit(sharded, donate_argnums=0, out_shardings=by_data_shard(self._graph.mesh))
-        return jitted.lower(table, self._arguments.split(3, size))
+    def _write_entries(self, table: jax.ShapeDtypeStruct, size: int) -> Program:
+        return Program(
+            function=self._arguments.on_each(write_entries, PER_DATA_SHARD, PER_DATA_SHARD),
+            arguments=(table, self._arguments.split(3, size)),
+            results=by_data_shard(self._graph.mesh),
+            donated=(0,),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,15 +129,21 @@ def sample_rows(
     return tokens.at[batch.slots, batch.positions].set(sampled.token_ids), sampled
 
 
+def take_rows(
+    hidden: Float[Array, "tokens hidden"], indices: Int[Array, " positions"]
+) -> Float[Array, "positions hidden"]:
+    """The hidden states of some of the step's positions."""
+    return hidden[indices]
+
+
 def score_prompt(
     graph: ModelGraph,
     head: Params,
-    hidden: Float[Array, "tokens hidden"],
-    indices: Int[Array, " positions"],
+    hidden: Float[Array, "positions hidden"],
     target_ids: Int[Array, " positions"],
 ) -> SampledTokens:
-    """Log-probabilities of known next tokens at some of the step's positions."""
-    return _on_logits(graph, head, hidden[indices], None, prompt_logprobs, target_ids)
+    """Log-probabilities of known next tokens."""
+    return _on_logits(graph, head, hidden, None, prompt_logprobs, target_ids)
 
 
 def _on_logits(

@@ -1,8 +1,12 @@
 """Weights in panels: rows side by side, so that a product of many tokens loads them as it needs them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+ALIGNMENT = 64  # bytes, of the arrays of XLA:CPU
 
 
 def to_panels(weight: np.ndarray, columns: int) -> np.ndarray:
@@ -19,13 +23,21 @@ def to_panels(weight: np.ndarray, columns: int) -> np.ndarray:
         return to_panels(np.ascontiguousarray(weight).view(np.float32), columns).view(weight.dtype)
     *_, rows, depth = weight.shape
     whole = rows // columns * columns
-    turned = np.empty_like(weight, order="C")
+    turned = _aligned_empty(weight.shape, weight.dtype)
     matrices = weight.reshape(-1, rows, depth)
     for matrix, out in zip(matrices, turned.reshape(len(matrices), rows * depth), strict=True):
         panels = out[: whole * depth].reshape(-1, depth, columns)
         panels[...] = matrix[:whole].reshape(-1, columns, depth).swapaxes(1, 2)
         out[whole * depth :].reshape(depth, -1)[...] = matrix[whole:].T
     return turned
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Fresh memory that JAX takes for an array on the CPU as it is; of other memory it makes a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(num_bytes + ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return memory[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 def panel_rows(weight: jax.Array, rows: jax.Array, columns: int) -> jax.Array:

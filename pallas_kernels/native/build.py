@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -17,7 +18,9 @@ from jaxlib.version import __version__ as jaxlib_version
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-pthread")
+# Compiled side by side; those of a unit parse XLA's headers once.
+UNITS = (("attention.cc", "kv_write.cc"), ("matmul.cc",))
 TIMEOUT_S = 300
 
 
@@ -61,11 +64,12 @@ def _compiler() -> str:
 def _digest(compiler: str) -> str:
     """Of all that the library depends on; -march=native makes the processor's features one of these."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
-    facts = (source_digest(), FLAGS, compiler, version.stdout, jaxlib_version, _processor())
+    facts = (source_digest(), FLAGS, UNITS, compiler, version.stdout, jaxlib_version, processor())
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What this processor can do, as the system lists it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -76,18 +80,29 @@ def _processor() -> str:
 def _compile(compiler: str, path: Path) -> None:
     start = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sources = "".join(f'#include "{source}"\n' for source in sorted(SOURCES.glob("*.cc")))  # XLA's headers parsed once
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see all of the library, or none
         built = Path(folder) / path.name
-        command = [compiler, *FLAGS, "-isystem", jax.ffi.include_dir(), "-x", "c++", "-", "-o", str(built)]
-        try:
-            done = subprocess.run(
-                command, input=sources, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-            )
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise UnavailableError(f"{compiler} failed: {error}") from error
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            raise UnavailableError(f"{compiler} could not compile the CPU kernels: {(errors or ['no message'])[0]}")
+        includes = ("-isystem", jax.ffi.include_dir(), "-x", "c++")
+        commands, objects = [], []
+        for number in range(len(UNITS)):
+            objects.append(str(Path(folder) / f"{number}.o"))
+            commands.append([compiler, *FLAGS, *includes, "-c", "-", "-o", objects[-1]])
+        with ThreadPoolExecutor(len(UNITS)) as pool:  # each is a process's work on a core of its own
+            list(pool.map(_run, commands, map(_source_of, UNITS)))
+        _run([compiler, *FLAGS, "-shared", *objects, "-o", str(built)])
         built.replace(path)
     logger.info("compiled the CPU kernels with %s in %.1f s: %s", compiler, time.perf_counter() - start, path)
+
+
+def _source_of(unit: tuple[str, ...]) -> str:
+    return "".join(f'#include "{SOURCES / name}"\n' for name in unit)
+
+
+def _run(command: list[str], source: str = "") -> None:
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UnavailableError(f"{command[0]} failed: {error}") from error
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise UnavailableError(f"{command[0]} could not compile the CPU kernels: {(errors or ['no message'])[0]}")

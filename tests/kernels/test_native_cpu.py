@@ -6,13 +6,15 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from pallas_kernels.kv_write import rotate_and_write
 from pallas_kernels.kv_write.reference import rotate_and_write_reference
+from pallas_kernels.matmul import to_panels
 from pallas_kernels.native import UnavailableError
-from pallas_kernels.native.build import build, cache_folder
+from pallas_kernels.native.build import SOURCES, UNITS, build, cache_folder
 from pallas_kernels.numerics import logical_dtype, pool_dtype, pool_shape, tolerance
 from pallas_kernels.paged_attention import (
     AttentionGeometry,
@@ -193,6 +195,16 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     with pytest.raises(UnavailableError, match="could not compile the CPU kernels: vector.h:1: error: what is this"):
         build()
     assert list(cache_folder().iterdir()) == []  # nothing half made stays
+
+
+def test_every_source_is_in_a_unit():
+    assert sorted(name for unit in UNITS for name in unit) == sorted(path.name for path in SOURCES.glob("*.cc"))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_weights_in_panels_are_on_the_device_without_a_copy(dtype):
+    turned = to_panels(np.ones((40, 6), dtype), 16)
+    assert jax.device_put(turned, jax.devices("cpu")[0]).unsafe_buffer_pointer() == turned.ctypes.data
 
 
 def test_heads_that_are_no_whole_number_of_vectors_are_refused():

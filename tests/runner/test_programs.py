@@ -6,6 +6,7 @@ import math
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import pytest
 
 from jaxserve.config import ModelSettings
-from jaxserve.parallel.mesh import make_mesh
+from jaxserve.parallel.mesh import make_mesh, replicated
 from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.compilation import CompileGuard, compile_all
 from jaxserve.runner.loading import open_model
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
+from jaxserve.runner.program import Program
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import Programs
 from tests.checkpoints import save_random_llama
@@ -89,26 +91,29 @@ def test_the_guard_counts_compiles_only_in_steps_and_while_armed() -> None:
     assert guard.num_compiles == counted
 
 
+def of_two_numbers(function: Callable[[jax.Array], jax.Array]) -> Program:
+    where = replicated(make_mesh())
+    return Program(function=function, arguments=(jax.ShapeDtypeStruct((2,), jnp.float32),), results=where)
+
+
+def fail(x: jax.Array) -> jax.Array:
+    raise ValueError("no such shape")
+
+
 def test_the_first_error_is_not_kept_waiting_by_other_compiles() -> None:
     go_on = threading.Event()
 
-    def fail() -> jax.stages.Lowered:
-        raise ValueError("no such shape")
-
-    def dawdle() -> jax.stages.Lowered:
+    def dawdle(x: jax.Array) -> jax.Array:
         go_on.wait(60)
-        return jax.jit(lambda x: x).lower(jnp.ones(2))
+        return x
 
     begin_s = time.monotonic()
     with pytest.raises(ValueError, match="no such shape"):
-        compile_all({"slow": dawdle, "bad": fail}, num_threads=2)
+        compile_all({"slow": of_two_numbers(dawdle), "bad": of_two_numbers(fail)}, num_threads=2)
     assert time.monotonic() - begin_s < 30
     go_on.set()
 
 
 def test_the_first_error_ends_the_compilation() -> None:
-    def fail() -> jax.stages.Lowered:
-        raise ValueError("no such shape")
-
     with pytest.raises(ValueError, match="no such shape"):
-        compile_all({"bad": fail, "good": lambda: jax.jit(lambda x: x).lower(jnp.ones(2))}, num_threads=1)
+        compile_all({"bad": of_two_numbers(fail), "good": of_two_numbers(lambda x: x)}, num_threads=1)
