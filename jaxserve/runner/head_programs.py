@@ -56,7 +56,7 @@ class HeadPrograms:
         features: jax.Array,
     ) -> tuple[jax.Array, list[LayerCache]]:
         """See `head_step.follow`; `caches` and `states` are donated."""
-        packed = self._packed(bucket, batches)
+        packed = self._arguments.packed(batches, bucket)
         return self._compiled["follow", bucket](params, caches, states, tokens, block_tables, packed, features)
 
     def advance(
@@ -70,7 +70,7 @@ class HeadPrograms:
         batches: Sequence[ForwardBatch],
     ) -> tuple[jax.Array, list[LayerCache]]:
         """See `head_step.advance`; `caches` and `states` are donated."""
-        packed = self._packed(bucket, batches)
+        packed = self._arguments.packed(batches, bucket)
         return self._compiled["advance", bucket](params, caches, states, tokens, block_tables, packed)
 
     def draw(
@@ -84,13 +84,8 @@ class HeadPrograms:
     ) -> tuple[jax.Array, SampledTokens]:
         """See `head_step.draw`; `tokens` is donated."""
         rows = len(batches[0].slots)
-        packed = np.stack([self._arguments.sample_packings[rows].pack(batch) for batch in batches])
-        packed, inputs = self._arguments.to_devices((packed, inputs))
+        packed, inputs = self._arguments.packed_samples(batches, rows), self._arguments.to_devices(inputs)
         return self._compiled["draw", rows, variant](head, states, tokens, packed, inputs)
-
-    def _packed(self, bucket: Bucket, batches: Sequence[ForwardBatch]) -> Any:
-        packed = np.stack([self._arguments.forward_packings[bucket].pack(batch) for batch in batches])
-        return self._arguments.to_devices(packed)
 
     # Compilation -----------------------------------------------------------------------------------------------------
 

@@ -197,8 +197,8 @@ class _DeviceStep:
     asked_logprobs: dict[int, int]  # place of a sample -> alternatives
 
     def __post_init__(self) -> None:
-        for array in (self.sampled.token_ids, self.sampled.ok, self.sampled.model_ok):
-            array.copy_to_host_async()
+        self.sampled.token_ids.copy_to_host_async()
+        self.sampled.ok.copy_to_host_async()  # of the rest something is asked now and then
 
     def is_ready(self) -> bool:
         return self.sampled.token_ids.is_ready()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -36,12 +37,17 @@ class Packing:
 
     def pack(self, tree: Any) -> np.ndarray:
         """The leaves of a tree of the same structure, in order: i32[size], zeros between them."""
-        leaves = jax.tree.leaves(tree)
-        if [np.shape(leaf) for leaf in leaves] != self._shapes:
-            raise ValueError(f"packing wants {self._shapes}, got {[np.shape(leaf) for leaf in leaves]}")
-        buffer = np.zeros(self.size, np.int32)
-        for leaf, place in zip(leaves, self._places, strict=True):
-            buffer[place] = np.reshape(leaf, -1)
+        return self.pack_all([tree])[0]
+
+    def pack_all(self, trees: Sequence[Any]) -> np.ndarray:
+        """A row for each of these trees: i32[trees, size]."""
+        buffer = np.zeros((len(trees), self.size), np.int32)
+        for tree, row in zip(trees, buffer, strict=True):
+            leaves = jax.tree.leaves(tree)
+            if [leaf.shape for leaf in leaves] != self._shapes:
+                raise ValueError(f"packing wants {self._shapes}, got {[leaf.shape for leaf in leaves]}")
+            for leaf, place in zip(leaves, self._places, strict=True):
+                row[place] = leaf.reshape(-1)
         return buffer
 
     def unpack(self, buffer: Int32[Array, " size"]) -> Any:

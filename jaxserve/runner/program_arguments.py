@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from jaxserve.cache.kv_cache import KVCacheSpec
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import DATA, by_data_shard, on_each_data_shard, replicated, spans_hosts, to_devices
 from jaxserve.runner.batch import empty_batch
-from jaxserve.runner.buckets import Buckets
+from jaxserve.runner.buckets import Bucket, Buckets
 from jaxserve.runner.model_graph import ModelGraph
 from jaxserve.runner.packing import Packing
 from jaxserve.runner.step import ForwardBatch, SampleBatch
@@ -78,6 +78,14 @@ class ProgramArguments:
             rows: Packing(SampleBatch(*(np.zeros(shape, np.int32) for shape in (rows, rows, ()))))
             for rows in shapes.buckets.row_sizes
         }
+
+    def packed(self, batches: Sequence[ForwardBatch], bucket: Bucket) -> Any:
+        """What the model is told of a step, an entry a data shard, as one argument."""
+        return self.to_devices(self.forward_packings[bucket].pack_all(batches))
+
+    def packed_samples(self, batches: Sequence[SampleBatch], rows: int) -> Any:
+        """What the sampler is told of a step, an entry a data shard, as one argument."""
+        return self.to_devices(self.sample_packings[rows].pack_all(batches))
 
     def to_devices(self, inputs: Any) -> Any:
         """Host arrays, in whatever tree, on their way into a program; jit itself takes those of one host alone."""

@@ -47,6 +47,7 @@ class Programs:
         self._graph = graph
         self._shapes = shapes
         self._arguments = ProgramArguments(graph, shapes)
+        self._param_names = tuple(graph.abstract_params())
         self._compiled: dict[tuple[Any, ...], Compiled] = {}
 
     # Calls -----------------------------------------------------------------------------------------------------------
@@ -61,9 +62,9 @@ class Programs:
         batches: Sequence[ForwardBatch],
     ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
         """See `step.forward`; `caches` are donated."""
-        packed = np.stack([self._arguments.forward_packings[bucket].pack(batch) for batch in batches])
-        packed = self._arguments.to_devices(packed)
-        return self._compiled["forward", bucket](params, caches, tokens, block_tables, packed)
+        values = tuple(params[name] for name in self._param_names)
+        packed = self._arguments.packed(batches, bucket)
+        return self._compiled["forward", bucket](values, caches, tokens, block_tables, packed)
 
     def sample(
         self,
@@ -76,8 +77,7 @@ class Programs:
     ) -> tuple[jax.Array, SampledTokens]:
         """See `step.sample_rows`; `tokens` is donated."""
         rows = hidden.shape[0] // len(batches)
-        packed = np.stack([self._arguments.sample_packings[rows].pack(batch) for batch in batches])
-        packed, inputs = self._arguments.to_devices((packed, inputs))
+        packed, inputs = self._arguments.packed_samples(batches, rows), self._arguments.to_devices(inputs)
         return self._compiled["sample", rows, variant](head, hidden, tokens, packed, inputs)
 
     def score_prompt(
@@ -177,11 +177,17 @@ class Programs:
     # What they are compiled for --------------------------------------------------------------------------------------
 
     def _forward(self, bucket: Bucket) -> Program:
+        """The model's. Parameters come in order and without names: each call would sort the keys of a dict."""
         packing = self._arguments.forward_packings[bucket]
 
         def program(
-            params: Params, caches: list[LayerCache], tokens: jax.Array, block_tables: jax.Array, packed: jax.Array
+            values: tuple[jax.Array, ...],
+            caches: list[LayerCache],
+            tokens: jax.Array,
+            block_tables: jax.Array,
+            packed: jax.Array,
         ) -> tuple[jax.Array, jax.Array, jax.Array | None, list[LayerCache]]:
+            params = dict(zip(self._param_names, values, strict=True))
             return forward(self._graph, params, caches, tokens, block_tables, packing.unpack(packed[0]))
 
         given = self._arguments
@@ -190,8 +196,8 @@ class Programs:
         return Program(
             function=given.on_each(program, EVERYWHERE, *(PER_DATA_SHARD for _ in range(4))),
             arguments=(
-                *(self._graph.abstract_params(), caches, given.tokens(), given.block_tables()),
-                given.split(1, packing.size),
+                tuple(self._graph.abstract_params().values()),
+                *(caches, given.tokens(), given.block_tables(), given.split(1, packing.size)),
             ),
             results=(split, split, features, jax.tree.map(lambda pool: pool.sharding, caches)),
             donated=(1,),

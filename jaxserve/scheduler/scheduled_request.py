@@ -58,26 +58,27 @@ class ScheduledRequest(Request):
         )
 
     def append(self, token_ids: list[int]) -> TokenDelta:
-        """Add a step's new tokens, up to the one that ends the sequence.
+        """Add a step's new tokens, up to the one that ends the sequence; the list becomes the delta's.
 
         Where one does, the delta has a finish reason and the caller frees the request.
         """
-        delta = TokenDelta(self.request_id)
+        delta = TokenDelta(self.request_id, token_ids)
         if self.num_preemptions:
             delta.num_preemptions = self.num_preemptions
         if self.owes_first_delta:
             self.complete_first_delta(delta)
-        for token_id in token_ids:
-            self.token_ids.append(token_id)
-            delta.token_ids.append(token_id)
-            num_tokens = len(self.token_ids)
-            if token_id in self.stop_tokens and num_tokens >= self.min_total_tokens:
+        known_ids = self.token_ids
+        for count, token_id in enumerate(token_ids, 1):
+            known_ids.append(token_id)
+            if token_id in self.stop_tokens and len(known_ids) >= self.min_total_tokens:
                 delta.finish_reason = FinishReason.STOP
                 delta.stop_token_id = self.stop_tokens[token_id]
-                break
-            if num_tokens >= self.max_total_tokens:
+            elif len(known_ids) >= self.max_total_tokens:
                 delta.finish_reason = FinishReason.LENGTH
-                break
+            else:
+                continue
+            del token_ids[count:]
+            break
         return delta
 
     def collect_prompt_logprobs(self, start: int, entries: list[TokenLogprobs]) -> None:

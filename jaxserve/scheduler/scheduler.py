@@ -121,13 +121,13 @@ class Scheduler:
         logprobs, num_unfinished = result.logprobs, len(self._requests)
         for row, entries in result.prompt_logprobs.items():
             rows[row].collect_prompt_logprobs(plan.starts[row], entries)
-        for row, (request, token_ids) in enumerate(zip(rows, result.token_ids, strict=True)):
-            request.num_in_flight -= plan.samples[row]
+        for row, (request, samples, token_ids) in enumerate(zip(rows, plan.samples, result.token_ids, strict=True)):
+            request.num_in_flight -= samples
             if token_ids and request.finish_reason is None:
                 request.num_computed_tokens += len(token_ids) - 1  # the drafts that held
                 delta = request.append(token_ids)
                 if logprobs and row in logprobs:
-                    delta.logprobs = logprobs[row][: len(delta.token_ids)]
+                    delta.logprobs = logprobs[row][: len(token_ids)]
                 if delta.finish_reason is not None:
                     self._finish(request, delta.finish_reason)
                 deltas.append(delta)
@@ -178,23 +178,34 @@ class Scheduler:
     # Planning
 
     def _plan_running(self, plan: StepPlan, rows: list[ScheduledRequest]) -> int:
-        """Rows for the requests that run, each at least a token; returns what is left of the token budget."""
+        """Rows for the requests that run, each at least a token; returns what is left of the token budget.
+
+        The loop that every step takes for every request: nothing in it is a call but where a block is full.
+        """
         budget = self._settings.max_num_batched_tokens
         running = self._running
-        index = 0
-        while index < len(running):  # preemption shortens it from the end
-            request = running[index]
-            index += 1
-            num_tokens = len(request.token_ids) + request.num_in_flight
+        starts, counts, sampled = plan.starts, plan.num_tokens, plan.samples
+        for index, request in enumerate(running, 1):  # preemption shortens it from the end
+            num_known = len(request.token_ids)
+            num_tokens = num_known + request.num_in_flight
             if num_tokens >= request.max_total_tokens:
                 continue  # its last token is in flight
-            num_new = num_tokens - request.num_computed_tokens
+            start = request.num_computed_tokens
+            num_new = num_tokens - start
             if num_new > 1:
                 num_new = min(num_new, self._settings.max_tokens_per_row, budget - (len(running) - index))
-            end = request.num_computed_tokens + num_new
+            end = start + num_new
             if end > request.num_block_tokens and not self._grow(request, end, plan):
                 break
-            self._add_row(request, num_new, plan, rows)
+            request.num_computed_tokens = end
+            if end == num_tokens:
+                request.num_in_flight += 1
+            if num_known >= request.num_cacheable_tokens:
+                self._tables.publish(request)
+            rows.append(request)
+            starts.append(start)
+            counts.append(num_new)
+            sampled.append(end == num_tokens)
             budget -= num_new
         return budget
 
@@ -207,27 +218,19 @@ class Scheduler:
             if request.num_in_flight or not self._tables.admit(request, num_reserved):
                 break
             self._admit(self._waiting.pop(), plan)
-            num_new = len(request.token_ids) - request.num_computed_tokens
-            num_new = min(num_new, self._settings.max_tokens_per_row, budget)
-            self._add_row(request, num_new, plan, rows)
+            start, num_known = request.num_computed_tokens, len(request.token_ids)
+            num_new = min(num_known - start, self._settings.max_tokens_per_row, budget)
+            request.num_computed_tokens = end = start + num_new
+            request.num_in_flight = int(end == num_known)
+            if num_known >= request.num_cacheable_tokens:
+                self._tables.publish(request)
+            rows.append(request)
+            plan.starts.append(start)
+            plan.num_tokens.append(num_new)
+            plan.samples.append(end == num_known)
             budget -= num_new
             num_reserved += request.max_total_tokens - 1 > request.num_block_tokens
         return budget
-
-    def _add_row(self, request: ScheduledRequest, num_new: int, plan: StepPlan, rows: list[ScheduledRequest]) -> None:
-        """Compute a request's next `num_new` tokens in this step."""
-        start = request.num_computed_tokens
-        num_known = len(request.token_ids)
-        samples = start + num_new == num_known + request.num_in_flight
-        request.num_computed_tokens = start + num_new
-        if samples:
-            request.num_in_flight += 1
-        if num_known >= request.num_cacheable_tokens:
-            self._tables.publish(request)
-        rows.append(request)
-        plan.starts.append(start)
-        plan.num_tokens.append(num_new)
-        plan.samples.append(samples)
 
     def _admit(self, request: ScheduledRequest, plan: StepPlan) -> None:
         """A request that has its blocks gets a slot and runs."""

@@ -148,7 +148,7 @@ def _check_batch(query_lens: np.ndarray, kv_lens: np.ndarray, block_tables: np.n
         )
     if len(query_lens) == 0:
         return
-    if query_lens.min() < 1 or np.any(kv_lens < query_lens):
+    if query_lens.min() < 1 or (kv_lens < query_lens).any():
         raise ValueError(f"each row needs 1 <= query_len <= kv_len, got {query_lens} and {kv_lens}")
     if kv_lens.max() > block_tables.shape[1] * block_size:
         raise ValueError(
@@ -163,5 +163,5 @@ def _check_fits(query_lens: np.ndarray, num_tokens: int, num_rows: int, has_pref
             f"{len(query_lens)} rows of {query_lens.sum()} tokens do not fit the bucket of {num_rows} rows and "
             f"{num_tokens} tokens"
         )
-    if not has_prefill and np.any(query_lens > 1):
+    if not has_prefill and (query_lens > 1).any():
         raise ValueError("a row of several tokens needs metadata with has_prefill=True")

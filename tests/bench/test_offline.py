@@ -53,7 +53,7 @@ def test_the_step_benchmark_times_all_of_a_step_but_the_model(monkeypatch):
 
         return call
 
-    monkeypatch.setattr(Packing, "pack", counted("pack", Packing.pack))
+    monkeypatch.setattr(Packing, "pack_all", counted("pack", Packing.pack_all))
     monkeypatch.setattr(Compiled, "__call__", counted("program", Compiled.__call__))
     monkeypatch.setattr(Programs, "write_blocks", counted("write_blocks", Programs.write_blocks))
     result = measure_step(num_running=16, num_steps=5, input_len=20, max_model_len=4096).results[0]

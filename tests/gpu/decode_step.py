@@ -114,8 +114,9 @@ class DecodeSteps:
 
     def measure(self, batch: int, compiled: Future[CompiledStep]) -> dict[str, Any]:
         """Milliseconds of a step; every sequence has the whole context, and each step writes its last position anew."""
-        programs, params = compiled.result(), self._params
-        head = {name: params[name] for name in self.graph.head_names()}
+        programs = compiled.result()
+        head = {name: self._params[name] for name in self.graph.head_names()}
+        params = tuple(self._params.values())  # made in the order of `abstract_params`
         packed, sample_packed, tables = map(jnp.asarray, self._packed(batch))
         inputs = jax.tree.map(
             lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
