@@ -115,7 +115,7 @@ class _Candidate:
 def _measure(candidate: _Candidate) -> dict[str, float]:
     """Microseconds of a call by batch, after a look at its values; WrongResultError if they are wrong."""
     _check_values(candidate)
-    toys = {"decode": ((2, 1, 80),), "prefill": ((1, 32, 32),)}
+    toys = {"decode": ((2, 1, 80),), "prefill": ((1, 72, 72),)}
     batches = toys if candidate.toy else {"decode": _DECODES, "prefill": _PREFILLS}
     us = {}
     for rows, query_len, kv_len in batches[candidate.use]:
@@ -146,7 +146,7 @@ def _check_values(candidate: _Candidate) -> None:
         head_dim=geometry.head_dim,
         block_size=geometry.block_size,
         dtype=geometry.dtype,
-        num_tokens=32 if candidate.toy else 192,
+        num_tokens=72 if candidate.toy else 192,
         has_prefill=candidate.use == "prefill",
     )
     inputs = make_inputs(case, implementation=candidate.implementation, unread=np.nan)
