@@ -141,7 +141,10 @@ def test_a_ring_that_wraps_and_tiles_of_several_sizes_change_no_result():
 
 @pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("num_tokens", [MAX_DECODE_BUCKET, MAX_DECODE_BUCKET + 8])
-def test_long_rows_are_tiles_of_the_decode_kernel_in_a_small_step_and_the_prefill_kernels_in_a_large_one(num_tokens):
+def test_long_rows_are_tiles_of_the_decode_kernel_in_a_small_step_and_the_prefill_kernels_in_a_large_one(
+    num_tokens, monkeypatch
+):
+    monkeypatch.setattr(attention, "decode_sizes", functools.partial(decode_sizes, num_sms=2))  # to interpret
     case = _bf16(name="mixed", rows=((40, 1), (130, 20), (0, 3)), num_tokens=num_tokens, has_prefill=True)
     inputs = make_inputs(case, unread=np.nan, implementation="mosaic_gpu")
     assert (inputs.metadata.plan.prefill is None) == (num_tokens <= MAX_DECODE_BUCKET)
