@@ -40,15 +40,18 @@ def main() -> int:
     what = "programs that must fail" if arguments.must_fail else f"programs; steps have {layers}"
     print(f"JAX {jax.__version__}: {len(jobs)} {what}", flush=True)
     begin = time.perf_counter()
+    names = [(job.name, job.target.name) for job in all_jobs(full=arguments.full) if job.expected is None]
+    is_recorded = arguments.record or (arguments.only == "*" and arguments.target is None)
+    results: list[Result] = []
     with ThreadPoolExecutor(arguments.processes) as pool:
-        results = list(pool.map(lambda job: _run(job, full=arguments.full), jobs))
+        for result in pool.map(lambda job: _run(job, full=arguments.full), jobs):
+            results.append(result)
+            if is_recorded and not arguments.must_fail:  # at once: a run that is cut short keeps what it has
+                report.write([result], names=names, full=arguments.full)
     print(f"JAX {jax.__version__}: {time.perf_counter() - begin:.0f} s")
     if arguments.must_fail:
         return _verdict_of_must_fail(jobs, results)
     print(report.table(results))
-    if arguments.record or (arguments.only == "*" and arguments.target is None):
-        names = [(job.name, job.target.name) for job in all_jobs(full=arguments.full) if job.expected is None]
-        report.write(results, names=names, full=arguments.full)
     return _verdict(results)
 
 

@@ -55,13 +55,14 @@ class Batch:
 DECODE = Batch(name="decode of 256", num_tokens=256, num_rows=256, has_prefill=False)
 MIXED = Batch(name="mixed 2048", num_tokens=2048, num_rows=64, has_prefill=True)
 SMALL = Batch(name="mixed 4", num_tokens=4, num_rows=4, has_prefill=True)
+MEDIUM = Batch(name="mixed 64", num_tokens=64, num_rows=64, has_prefill=True)
 LARGE = Batch(name="mixed 8192", num_tokens=8192, num_rows=256, has_prefill=True)
 
 # What it is, the sizes of one device's share, what the model asks for, and the steps.
 _Table = tuple[tuple[str, AttentionGeometry, Options, tuple[Batch, ...]], ...]
 
 _GPU: _Table = (
-    ("llama 8B", LLAMA_8B, Options(), (DECODE, MIXED, SMALL, LARGE)),
+    ("llama 8B", LLAMA_8B, Options(), (DECODE, MIXED, SMALL, MEDIUM, LARGE)),
     ("llama 8B, blocks of 64", replace(LLAMA_8B, block_size=64), Options(), (DECODE, MIXED)),
     ("llama 8B, float16", replace(LLAMA_8B, dtype="float16"), Options(), (DECODE, MIXED)),
     ("llama 8B, window", replace(LLAMA_8B, sliding_windows=(4096,)), Options(), (DECODE, MIXED)),

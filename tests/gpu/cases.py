@@ -29,6 +29,10 @@ _BY_HEAD_DIM = tuple(
 )
 _OTHERS = (
     replace(_LLAMA, name="verified_tokens", rows=((0, 5), (300, 16), (160, 1), (3, 2)), has_prefill=True),
+    replace(
+        _LLAMA, name="long_rows_in_a_small_step", rows=((300, 40), (7, 1), (0, 18)), num_tokens=64, has_prefill=True
+    ),
+    replace(_LLAMA, name="tiles_of_three_tokens", rows=((300, 2), (14, 1)), num_tokens=3, has_prefill=True),
     *(
         replace(_LLAMA, name=f"groups_of_{group}", rows=_MIXED, q_heads=2 * group, has_prefill=True)
         for group in (1, 5, 16)

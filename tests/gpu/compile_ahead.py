@@ -88,6 +88,7 @@ def _programs(mesh: Mesh) -> dict[str, Callable[[], Lowered]]:
     sizes = replace(FULL, model=FULL.model | {"num_hidden_layers": _STEP_LAYERS})
     for batch in FULL.batches:
         programs[f"step/{batch}"] = partial(_lower_step, sizes, batch, mesh)
+        programs[f"sampler/{batch}"] = partial(_lower_sampler, sizes, batch, mesh)
     return programs
 
 
@@ -102,6 +103,10 @@ def _lower_run(run: AttentionRun, mesh: Mesh) -> Lowered:
 
 def _lower_step(sizes: Any, batch: int, mesh: Mesh) -> Lowered:
     return DecodeSteps(sizes, mesh).programs.lower_forward(Bucket(batch, batch))
+
+
+def _lower_sampler(sizes: Any, batch: int, mesh: Mesh) -> Lowered:
+    return DecodeSteps(sizes, mesh).programs.lower_sample(batch, "greedy")
 
 
 def _on_device(tree: Any, mesh: Mesh) -> Any:

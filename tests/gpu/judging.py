@@ -108,11 +108,12 @@ def _engine_tokens(results: Results, sizes: Sizes) -> list[Line]:
         if value is None:
             continue
         first = value["of_allowed"]
+        held = f"; {value['held']} of {value['drafts']} drafts held" if "drafts" in value else ""
         table.append(
             Line(
                 check=f"greedy tokens, {name} model of {value['layers']} layers",
                 measured=f"{value['equal_requests']} of {value['requests']} requests and {value['equal_tokens']} of "
-                f"{value['tokens']} tokens as with {sizes.baseline}",
+                f"{value['tokens']} tokens as with {sizes.baseline}{held}",
                 beside="no difference" if not first else f"worst first difference {first:.2f} of the gap of a tie",
                 mark="differences begin at ties",
                 verdict="met" if first <= 1 else "missed",

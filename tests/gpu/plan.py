@@ -29,14 +29,14 @@ class Stage:
 _STAGES = (
     Stage(name="device", title="device", share_s=5, silence_s=20),
     Stage(name="correctness", title="kernels against their oracle", share_s=130, silence_s=80),
-    Stage(name="engine_tokens", title="the engine's greedy tokens", share_s=60, silence_s=60),
+    Stage(name="engine_tokens", title="the engine's greedy tokens", share_s=75, silence_s=75),
     Stage(name="decode_attention", title="decode attention", share_s=60, silence_s=45),
-    Stage(name="prefill_attention", title="prefill attention", share_s=30, silence_s=35),
-    Stage(name="torch_attention", title="PyTorch's attention", share_s=25, silence_s=20, is_peer=True),
+    Stage(name="prefill_attention", title="prefill attention", share_s=25, silence_s=35),
+    Stage(name="torch_attention", title="PyTorch's attention", share_s=20, silence_s=20, is_peer=True),
     Stage(name="decode_step", title="decode step", share_s=60, silence_s=75),
-    Stage(name="throughput", title="throughput", share_s=65, silence_s=110),
+    Stage(name="throughput", title="throughput", share_s=62, silence_s=110),
     Stage(
-        name="transformers_batching", title="transformers' continuous batching", share_s=45, silence_s=75, is_peer=True
+        name="transformers_batching", title="transformers' continuous batching", share_s=43, silence_s=75, is_peer=True
     ),
 )
 STAGES = {stage.name: stage for stage in _STAGES}

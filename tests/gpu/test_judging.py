@@ -127,6 +127,13 @@ def test_greedy_tokens_may_part_at_ties_alone(of_allowed, verdict):
     assert is_sound(results) == (verdict == "met")
 
 
+def test_drafts_that_held_are_told():
+    value = {"layers": 3, "requests": 2, "equal_requests": 2, "tokens": 20, "equal_tokens": 20, "of_allowed": 0.0}
+    results = {"engine_tokens": stage(tiny=value, drafting=value | {"drafts": 9, "held": 8})}
+    assert "8 of 9 drafts held" in line(results, "greedy tokens, drafting").measured
+    assert "drafts" not in line(results, "greedy tokens, tiny").measured
+
+
 def test_the_shares_are_the_whole_time():
     assert sum(stage.share_s for stage in STAGES.values()) == TOTAL_S
 

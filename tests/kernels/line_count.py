@@ -1,5 +1,6 @@
 """How much Python a call runs: the same on every machine, where a time is not."""
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -16,10 +17,13 @@ def lines_run(call: Callable[[], object]) -> int:
         count += event == "line"
         return trace
 
-    outer = sys.gettrace()
+    outer, collects = sys.gettrace(), gc.isenabled()
+    gc.disable()  # hypothesis has a callback in Python at each collection
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(outer)
+        if collects:
+            gc.enable()
     return count

@@ -27,6 +27,7 @@ from pallas_kernels.paged_attention.mosaic_gpu import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import build_decode_plan, decode_sizes
+from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import MAX_DECODE_BUCKET
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
@@ -62,6 +63,7 @@ CASES = (
         sinks=True,
         shared_blocks=1,
     ),
+    _bf16(name="tiles_of_three_tokens", rows=((300, 2), (14, 1)), q_heads=5, num_tokens=3, has_prefill=True),
     _bf16(
         name="sixteen_tokens_of_one_row",
         rows=((180, 16), (0, 3)),
@@ -138,9 +140,14 @@ def test_a_ring_that_wraps_and_tiles_of_several_sizes_change_no_result():
 
 
 @pytest.mark.usefixtures("compiled_once")
-def test_decode_and_prefill_rows_share_a_step():
-    case = _bf16(name="mixed", rows=((40, 1), (10, 20), (0, 3)), num_tokens=32, has_prefill=True)
+@pytest.mark.parametrize("num_tokens", [MAX_DECODE_BUCKET, MAX_DECODE_BUCKET + 8])
+def test_long_rows_are_tiles_of_the_decode_kernel_in_a_small_step_and_the_prefill_kernels_in_a_large_one(
+    num_tokens, monkeypatch
+):
+    monkeypatch.setattr(attention, "decode_sizes", functools.partial(decode_sizes, num_sms=2))  # to interpret
+    case = _bf16(name="mixed", rows=((40, 1), (130, 20), (0, 3)), num_tokens=num_tokens, has_prefill=True)
     inputs = make_inputs(case, unread=np.nan, implementation="mosaic_gpu")
+    assert (inputs.metadata.plan.prefill is None) == (num_tokens <= MAX_DECODE_BUCKET)
     attend = jax.jit(functools.partial(paged_attention, scale=case.head_dim**-0.5, interpret=True))
     k_pool, v_pool = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     out = attend(inputs.q, k_pool, v_pool, jax.tree.map(jnp.asarray, inputs.metadata))
@@ -149,8 +156,8 @@ def test_decode_and_prefill_rows_share_a_step():
 
 def test_a_plan_has_the_shapes_that_were_announced():
     geometry = dataclasses.replace(BY_NAME["verified_tokens"].geometry, sliding_windows=(None, 100))
-    for query_lens, has_prefill in (([1, 1], False), ([1, 30, 2], True)):
-        bucket = {"geometry": geometry, "num_tokens": 40, "num_rows": 4, "blocks_per_seq": 8}
+    for query_lens, num_tokens, has_prefill in (([1, 1], 40, False), ([1, 30, 2], 40, True), ([1, 30, 2], 72, True)):
+        bucket = {"geometry": geometry, "num_tokens": num_tokens, "num_rows": 4, "blocks_per_seq": 8}
         bucket |= {"has_prefill": has_prefill}
         tables = np.ones((len(query_lens), 8), np.int32)
         plan = build_plan(np.asarray(query_lens), np.asarray([90] * len(query_lens)), tables, **bucket)

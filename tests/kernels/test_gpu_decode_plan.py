@@ -172,6 +172,16 @@ def test_rows_left_to_another_kernel_are_not_planned():
     assert tokens == {(0, 1), (41, 2)}
 
 
+def test_a_tile_has_no_more_tokens_than_the_step():
+    sizes = {
+        num_tokens: decode_sizes(
+            geometry=geometry_of(), num_tokens=num_tokens, num_rows=num_tokens, blocks_per_seq=16, has_prefill=True
+        ).tokens_per_tile
+        for num_tokens in (1, 3, 8, 64)
+    }
+    assert sizes == {1: 1, 3: 3, 8: 8, 64: 8}
+
+
 @pytest.mark.parametrize("windows", [(None,), (None, 4096)])
 def test_256_rows_take_no_more_python_than_16(windows):
     geometry = geometry_of(windows=windows)

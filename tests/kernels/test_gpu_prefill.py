@@ -109,13 +109,6 @@ def test_tiles_change_no_more_than_rounding(compiled_once):
     np.testing.assert_allclose(out[owned], expected[owned], **tolerance(over.dtype))
 
 
-def test_without_items_the_output_passes_through():
-    small = case(name="decodes", rows=((3, 1),), num_tokens=16)
-    out, _, owned = attend(small)
-    assert not owned.any()
-    np.testing.assert_array_equal(out, UNWRITTEN)
-
-
 @pytest.mark.parametrize("change", [{"head_dim": 72}, {"dtype": "float32"}, {"block_size": 12}], ids=str)
 def test_refuses_what_it_cannot_compute(change):
     geometry = dataclasses.replace(case(name="any", rows=()).geometry, **change)

@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import (
 )
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import check_prefill_supported, prefill
 from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
+    MAX_DECODE_BUCKET,
     MAX_DECODE_TOKENS,
     PrefillPlan,
     build_prefill_plan,
@@ -36,7 +37,7 @@ class GpuPlan:
     """Work lists of a step, shared by its layers."""
 
     decode: tuple[DecodePlan, ...]  # one for each of `windows`; zeros for padding tokens are the decode kernel's work
-    prefill: PrefillPlan | None  # None: no row of more than MAX_DECODE_TOKENS tokens can come
+    prefill: PrefillPlan | None  # None: no row is the prefill kernel's work, and it is not launched
     windows: tuple[int | None, ...]  # static
     tiles: GpuTiles  # static
 
@@ -70,7 +71,7 @@ def plan_shapes(
 ) -> GpuPlan:
     """ShapeDtypeStructs of a bucket's plan."""
     prefill_plan = None
-    if has_prefill:
+    if _is_mixed(num_tokens, has_prefill):
         prefill_plan = prefill_plan_shapes(geometry=geometry, num_tokens=num_tokens, num_rows=num_rows)
     sizes = _sizes(geometry, num_tokens, num_rows, blocks_per_seq, has_prefill)
     decode = decode_plan_shapes(geometry=geometry, sizes=sizes)
@@ -94,7 +95,7 @@ def build_plan(
     del block_tables
     query_lens, kv_lens = np.asarray(query_lens, np.int32), np.asarray(kv_lens, np.int32)
     rows, prefill_plan = None, None
-    if has_prefill:
+    if _is_mixed(num_tokens, has_prefill):
         rows = np.flatnonzero(query_lens <= MAX_DECODE_TOKENS)
         starts = np.cumsum(query_lens, dtype=np.int32) - query_lens
         prefill_plan = build_prefill_plan(
@@ -104,6 +105,16 @@ def build_plan(
     decode = build_decode_plan(query_lens, kv_lens, geometry=geometry, sizes=sizes, num_tokens=num_tokens, rows=rows)
     tiles = tiles or GpuTiles.of(geometry)
     return GpuPlan(decode=decode, prefill=prefill_plan, windows=geometry.sliding_windows, tiles=tiles)
+
+
+def _is_mixed(num_tokens: int, has_prefill: bool) -> bool:
+    """Whether a bucket's steps launch the prefill kernel, be there rows for it or not.
+
+    Small ones do not: a launch without work costs a decode step of 32 rows 3 to 4 us of 60 in each layer. A long row is
+    then several tiles of the decode kernel, which each read its keys, mostly from the L2 cache, and split them among
+    multiprocessors, most of which the few items of a prefill would leave idle.
+    """
+    return has_prefill and num_tokens > MAX_DECODE_BUCKET
 
 
 def _sizes(

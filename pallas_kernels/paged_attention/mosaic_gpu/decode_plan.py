@@ -76,8 +76,8 @@ class DecodeSizes:
 
     @property
     def merges(self) -> int:
-        """A merge has two partials at least."""
-        return self.partials // 2
+        """A merge has two partials at least, and is the only one of its tile."""
+        return min(self.partials // 2, self.tiles)
 
 
 def rows_per_token(group: int) -> int:
@@ -113,7 +113,7 @@ def decode_sizes(
     together: with s split and u whole tiles, of i and u items, i >= 2 s, and i + u <= budget or i + u <= s + u +
     budget / 2, where i - s >= i / 2.
     """
-    per_tile = ROWS // rows_per_token(geometry.group) if has_prefill else 1
+    per_tile = min(ROWS // rows_per_token(geometry.group), num_tokens) if has_prefill else 1
     tiles = min(num_tokens, num_tokens // per_tile + num_rows + 1)  # a partial tile for each row, and for the padding
     budget = max(_ITEMS_PER_SM * num_sms // geometry.kv_heads, 1)
     can_split = budget > 1 and blocks_per_seq * geometry.block_size > MIN_CHUNK

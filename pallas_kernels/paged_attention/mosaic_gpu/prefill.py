@@ -72,8 +72,6 @@ def prefill(
     if scale <= 0:
         raise NotImplementedError(f"mosaic_gpu prefill takes the maximum before it scales: scale must be > 0: {scale}")
     num_items = plan.rows.shape[0]
-    if num_items == 0:
-        return out
     _, block_size, kv_heads, head_dim = k_pool.shape
     geometry = AttentionGeometry(
         q_heads=q.shape[1], kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, dtype=q.dtype.name

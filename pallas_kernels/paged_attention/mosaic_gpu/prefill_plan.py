@@ -13,6 +13,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DTYPES, HEAD_DIMS
 
 MAX_DECODE_TOKENS = 16  # rows of up to this many query tokens belong to the decode kernel
+MAX_DECODE_BUCKET = 64  # tokens; in steps of up to so many all rows do, and there is no prefill kernel
 COMPUTE_WARPGROUPS = 2  # of a thread block, each with a part of its own of the item's tokens
 MAX_FOLDED_HEADS = 8  # more would leave a head fewer than 8 of the 64 rows, the unit of a swizzled tile
 _ALIGNED = 8  # tokens: a copy into swizzled tiles takes what lies between two multiples of 8 rows, then zeros
@@ -81,8 +82,8 @@ def num_items(*, group: int, num_tokens: int, num_rows: int) -> int:
 
     >>> num_items(group=4, num_tokens=512, num_rows=8)
     25
-    >>> num_items(group=4, num_tokens=16, num_rows=4)
-    0
+    >>> num_items(group=4, num_tokens=128, num_rows=128)
+    12
     """
     prefill_rows = min(num_rows, num_tokens // (MAX_DECODE_TOKENS + 1))
     return (num_tokens + prefill_rows * (_ALIGNED - 1)) // tokens_per_item(group) + prefill_rows
