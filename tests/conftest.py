@@ -29,7 +29,12 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:  # of several (`make test`): JAX writes its compile cache without a lock, so each keeps one of its own
     from jaxserve.weights.source import cache_dir
 
-    os.environ["JAXSERVE_CACHE_DIR"] = str(cache_dir() / "tests" / WORKER)
+    folder, libraries = cache_dir() / "tests" / WORKER, cache_dir() / "native"
+    libraries.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not (folder / "native").exists():
+        (folder / "native").symlink_to(libraries)  # the C++ kernels are compiled once: that is done under a lock
+    os.environ["JAXSERVE_CACHE_DIR"] = str(folder)
 
 
 @pytest.hookimpl(optionalhook=True)

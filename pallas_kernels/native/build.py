@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import platformdirs
+from filelock import FileLock
 from jaxlib.version import __version__ as jaxlib_version
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,10 @@ def build() -> Path:
     compiler = _compiler()
     path = cache_folder() / f"cpu-{_digest(compiler)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(path.with_suffix(".lock")):  # replicas that start together: one compiles, the others wait
+            if not path.exists():
+                _compile(compiler, path)
     return path
 
 
@@ -75,7 +79,6 @@ def _processor() -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     start = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     sources = "".join(f'#include "{source}"\n' for source in sorted(SOURCES.glob("*.cc")))  # XLA's headers parsed once
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see all of the library, or none
         built = Path(folder) / path.name

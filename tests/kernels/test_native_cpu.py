@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -192,7 +193,27 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(UnavailableError, match="could not compile the CPU kernels: vector.h:1: error: what is this"):
         build()
-    assert list(cache_folder().iterdir()) == []  # nothing half made stays
+    assert [path for path in cache_folder().iterdir() if path.suffix != ".lock"] == []  # nothing half made stays
+
+
+def test_engines_that_start_together_compile_the_library_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    compiler = tmp_path / "c++"
+    runs = tmp_path / "runs"
+    # Slow, and makes an empty library.
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then exit; fi\n'
+        f"echo once >> {runs}; sleep 0.3\n"
+        'while [ "$1" != -o ]; do shift; done\n'
+        ': > "$2"\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(lambda _: build(), range(3))
+    assert first.exists() and set(others) == {first}
+    assert runs.read_text() == "once\n"
 
 
 def test_heads_that_are_no_whole_number_of_vectors_are_refused():
