@@ -57,6 +57,7 @@ def test_rotation_and_writes_agree_with_the_reference(dtype, group, head_dim):
     np.testing.assert_array_equal(np.asarray(pools[1])[1:], expected[1][1:].view(stored))  # values are only rounded
 
 
+@pytest.mark.usefixtures("fused_as_served")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 128])
 def test_a_step_of_three_layers_copies_no_pool(dtype, num_tokens):

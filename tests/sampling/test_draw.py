@@ -10,8 +10,6 @@ from jaxserve.sampling_params import SamplingParams
 from tests.sampling.distribution import assert_drawn_from, distribution
 from tests.sampling.sample_batch import draws, random_logits, run
 
-pytestmark = pytest.mark.usefixtures("compiled_as_served")
-
 MIXES = [
     SamplingParams(),
     SamplingParams(temperature=0.5),
@@ -98,26 +96,6 @@ def mixed_rows() -> tuple[np.ndarray, list[SamplingParams], list[list[int]]]:
     return random_logits(len(params), 9000), params, outputs
 
 
-def test_a_row_s_token_does_not_depend_on_the_batch():
-    logits, params, outputs = mixed_rows()
-    together = run(logits, params, outputs=outputs).token_ids
-    alone = [
-        run(logits[i : i + 1], [p], outputs=outputs[i : i + 1], num_rows=1).token_ids[0] for i, p in enumerate(params)
-    ]
-    np.testing.assert_array_equal(together, alone)
-    order = np.random.default_rng(1).permutation(len(params))
-    shuffled = run(
-        logits[order], [params[i] for i in order], outputs=[outputs[i] for i in order], num_rows=17
-    ).token_ids
-    np.testing.assert_array_equal(together[order], shuffled)
-
-
-def test_a_row_s_token_does_not_depend_on_the_variant():
-    logits, params, outputs = mixed_rows()
-    by_variant = [run(logits, params, outputs=outputs, variant=v).token_ids for v in ("random", "full")]
-    np.testing.assert_array_equal(*by_variant)
-
-
 def test_greedy_rows_agree_in_every_variant():
     logits = np.round(random_logits(6, 9000))
     for variant in VARIANTS:
@@ -142,3 +120,23 @@ def test_a_row_that_is_not_finite_is_flagged_and_the_others_are_untouched(varian
     assert result.ok[others].all()
     np.testing.assert_array_equal(result.token_ids[hit], 0)
     np.testing.assert_array_equal(result.token_ids[others], clean.token_ids[others])
+
+
+@pytest.mark.usefixtures("compiled_as_served")
+def test_a_row_s_token_does_not_depend_on_the_batch():
+    logits, params, outputs = mixed_rows()
+    together = run(logits, params, outputs=outputs).token_ids
+    alone = [
+        run(logits[i : i + 1], [p], outputs=outputs[i : i + 1], num_rows=1).token_ids[0] for i, p in enumerate(params)
+    ]
+    np.testing.assert_array_equal(together, alone)
+    order = np.random.default_rng(1).permutation(len(params))
+    shuffled = run(logits[order], [params[i] for i in order], outputs=[outputs[i] for i in order]).token_ids
+    np.testing.assert_array_equal(together[order], shuffled)
+
+
+@pytest.mark.usefixtures("compiled_as_served")
+def test_a_row_s_token_does_not_depend_on_the_variant():
+    logits, params, outputs = mixed_rows()
+    by_variant = [run(logits, params, outputs=outputs, variant=v).token_ids for v in ("random", "full")]
+    np.testing.assert_array_equal(*by_variant)
