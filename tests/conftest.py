@@ -11,12 +11,13 @@ import jax
 import jaxtyping
 import pytest
 
-from tests import type_checker
+from tests import quick_compiles, type_checker
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: threads that share so little work wait for each other
 jax.config.update("jax_num_cpu_devices", 8)  # so that meshes are real
-# What a test compiles runs for milliseconds: LLVM need not work on it. HLO is optimised all the same; so are the
-# servers of tests, as users' are, and what uses the fixture `compiled_as_served`.
-jax.config.update("jax_disable_most_optimizations", True)
+# What a test compiles runs for milliseconds. As users' programs are compiled those of SmolLM2's servers, and, where it
+# matters, of tests with the fixture `compiled_as_served` or `fused_as_served`.
+quick_compiles.install()
 
 # Before anything is imported of them: from here on every call of theirs is held to the shapes in its signature.
 CHECKED = (
@@ -29,7 +30,12 @@ WORKER = os.environ.get("PYTEST_XDIST_WORKER")
 if WORKER:  # of several (`make test`): JAX writes its compile cache without a lock, so each keeps one of its own
     from jaxserve.weights.source import cache_dir
 
-    os.environ["JAXSERVE_CACHE_DIR"] = str(cache_dir() / "tests" / WORKER)
+    folder, libraries = cache_dir() / "tests" / WORKER, cache_dir() / "native"
+    libraries.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not (folder / "native").exists():
+        (folder / "native").symlink_to(libraries)  # the C++ kernels are compiled once: that is done under a lock
+    os.environ["JAXSERVE_CACHE_DIR"] = str(folder)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -50,10 +56,16 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def compiled_as_served() -> Iterator[None]:
-    """For tests that look at single bits, which hang on how LLVM arranges sums."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
+    """For tests that look at single bits, which hang on how LLVM arranges sums; for the rest of a file."""
+    with quick_compiles.as_served():
+        yield
+
+
+@pytest.fixture(scope="module")
+def fused_as_served() -> Iterator[None]:
+    """For tests that read a program: what it copies, holds and sends; for the rest of a file."""
+    with quick_compiles.as_served(quick_llvm=True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def plan_memory(deployment: Deployment, *, step_bytes: int | None = None) -> Mem
     weight_bytes = deployment.weight_bytes()
     step_bytes = estimate_step_bytes(deployment) if step_bytes is None else step_bytes
     whole = deployment.devices.kind.memory_bytes
-    limit_bytes = int(whole * config.cache.gpu_memory_utilization)
+    limit_bytes = _limit_bytes(deployment)
     device = DeviceMemory(limit_bytes=limit_bytes, in_use_bytes=weight_bytes, step_bytes=step_bytes)
     num_blocks = blocks_from_budget(config.cache, spec)
     if num_blocks is None:
@@ -89,6 +89,11 @@ def plan_memory(deployment: Deployment, *, step_bytes: int | None = None) -> Mem
         num_data_shards=deployment.num_data_shards,
         max_num_seqs=settings.max_num_seqs,
     )
+
+
+def _limit_bytes(deployment: Deployment) -> int:
+    """What the engine may take of a device."""
+    return int(deployment.devices.kind.memory_bytes * deployment.config.cache.gpu_memory_utilization)
 
 
 def activation_bytes(model: DecoderConfig, num_tokens: int, itemsize: int) -> int:
@@ -139,14 +144,15 @@ def _ways_out(deployment: Deployment) -> Iterator[str | None]:
     here = [n for n in sizes if n * data <= devices.count]
     more = [n for n in sizes if n * data > devices.count]
     yield _first((f"--tensor-parallel-size {n}", config.with_values(tensor_parallel_size=n), devices) for n in here)
-    yield _first(
-        (f"--max-num-batched-tokens {n}", _smaller_steps(config, n), devices)
-        for n in _halves(deployment.settings.max_num_batched_tokens, _LEAST_TOKENS)
-    )
-    yield _first(
-        (f"--max-model-len {n}", config.with_values(max_model_len=n), devices)
-        for n in _halves(deployment.settings.max_model_len, _LEAST_TOKENS)
-    )
+    if deployment.weight_bytes() < _limit_bytes(deployment):
+        yield _first(
+            (f"--max-num-batched-tokens {n}", _smaller_steps(config, n), devices)
+            for n in _halves(deployment.settings.max_num_batched_tokens, _LEAST_TOKENS)
+        )
+        yield _first(
+            (f"--max-model-len {n}", config.with_values(max_model_len=n), devices)
+            for n in _halves(deployment.settings.max_model_len, _LEAST_TOKENS)
+        )
     yield _first(
         (f"--devices {larger} --tensor-parallel-size {n}", config.with_values(tensor_parallel_size=n), larger)
         for n in more

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 import platformdirs
+from filelock import FileLock
 from jaxlib.version import __version__ as jaxlib_version
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,10 @@ def build() -> Path:
     compiler = _compiler()
     path = cache_folder() / f"cpu-{_digest(compiler)}.so"
     if not path.exists():
-        _compile(compiler, path)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with FileLock(path.with_suffix(".lock")):  # replicas that start together: one compiles, the others wait
+            if not path.exists():
+                _compile(compiler, path)
     return path
 
 
@@ -79,7 +83,6 @@ def processor() -> str:
 
 def _compile(compiler: str, path: Path) -> None:
     start = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # other processes see all of the library, or none
         built = Path(folder) / path.name
         includes = ("-isystem", jax.ffi.include_dir(), "-x", "c++")

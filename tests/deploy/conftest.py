@@ -14,6 +14,7 @@ import pytest
 from tests.deploy.ray_cluster import SETTINGS
 from tests.e2e.server import ROOT, ServerProcess
 from tests.e2e.tiny_model import write_config
+from tests.quick_compiles import QUICK_COMPILES
 
 NUM_REPLICAS = 3
 BLOCK_SIZE, MAX_MODEL_LEN = 16, 256
@@ -55,7 +56,7 @@ def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster
     pytest.importorskip("ray.serve", reason="needs the extra 'ray'", exc_type=ImportError)
     log = tmp_path_factory.mktemp("ray") / "log"
     with open(log, "w") as log_file, pytest.MonkeyPatch.context() as patch:
-        for name, value in SETTINGS.items():
+        for name, value in (SETTINGS | QUICK_COMPILES).items():
             patch.setenv(name, value)
         process = subprocess.Popen(
             [sys.executable, "-m", "tests.deploy.ray_cluster", str(NUM_REPLICAS)],

@@ -38,7 +38,7 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """This process's environment without what would change a server behind a test's back."""
-    return {name: value for name, value in os.environ.items() if name != "JAXSERVE_API_KEY"}
+    return {name: value for name, value in os.environ.items() if name not in ("JAXSERVE_API_KEY", "OMP_NUM_THREADS")}
 
 
 def wait_for(condition: Callable[[], Value], timeout_s: float, what: str = "") -> Value:

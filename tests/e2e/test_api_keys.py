@@ -10,7 +10,8 @@ import psutil
 import pytest
 
 from tests.e2e.server import ServerProcess
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
+from tests.e2e.tiny_model import TINY_SHAPES, write_config
+from tests.quick_compiles import QUICK_COMPILES
 
 KEYS = ("first-key", "second key with spaces")
 OPEN = [("GET", "/health"), ("GET", "/ping"), ("POST", "/ping")]

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from tests.e2e.server import ServerProcess, wait_for
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
+from tests.e2e.tiny_model import TINY_SHAPES, write_config
+from tests.quick_compiles import QUICK_COMPILES
 
 LONG: dict[str, Any] = {"prompt": "abc", "max_tokens": 120, "ignore_eos": True, "n": 128}  # many rounds of two
 

@@ -1,4 +1,8 @@
-"""Starts that cannot succeed: one line says what is wrong, the exit code is 2, and there is no traceback."""
+"""Starts that cannot succeed: one line says what is wrong, the exit code is 2, and there is no traceback.
+
+One for each place that an error comes from; what else can be wrong there is tested where it is found: tests/weights,
+tests/tokenizer, tests/core.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +44,10 @@ def checkpoint(tmp_path: Path) -> Path:
     return write_tokenizer(save_random_llama(tmp_path / "model"))
 
 
-@pytest.mark.parametrize(
-    "num_bytes", [100, 3_000_000, 60_000_000], ids=["in the header", "in the tables", "in the tensors"]
-)
-def test_a_truncated_gguf_file(tmp_path, num_bytes):
+def test_a_truncated_gguf_file(tmp_path):
     path = tmp_path / "model.gguf"
     with open(resolve_source(MODEL).path, "rb") as whole:
-        path.write_bytes(whole.read(num_bytes))
+        path.write_bytes(whole.read(3_000_000))
     message = start(path, shapes=SMALL_SHAPES)
     assert str(path) in message
     assert "truncated" in message or "ends" in message or "short" in message
@@ -65,12 +66,6 @@ def test_a_missing_tokenizer(checkpoint):
     assert "holds no tokenizer: neither tokenizer.json nor" in start(checkpoint)
 
 
-def test_a_model_without_weights(checkpoint):
-    (checkpoint / "model.safetensors").unlink()
-    message = start(checkpoint)
-    assert str(checkpoint) in message and "safetensors" in message
-
-
 def test_a_config_with_a_typo(checkpoint):
     path = checkpoint / "config.json"
     config = json.loads(path.read_text())
@@ -79,23 +74,11 @@ def test_a_config_with_a_typo(checkpoint):
     assert "num_attention_heads" in start(checkpoint)
 
 
-def test_a_config_that_is_no_json(checkpoint):
-    path = checkpoint / "config.json"
-    path.write_text(path.read_text()[:-20])
-    assert "config.json" in start(checkpoint)
-
-
 def test_a_config_that_does_not_fit_the_weights(checkpoint):
     path = checkpoint / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 96}))
     message = start(checkpoint)
     assert "mlp" in message and "96" in message and "128" in message
-
-
-def test_an_unknown_architecture(checkpoint):
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"architectures": ["GPT9"], "model_type": "gpt9"}))
-    assert "GPT9" in start(checkpoint)
 
 
 def test_a_model_that_is_not_there(tmp_path):
@@ -110,17 +93,9 @@ def test_a_port_in_use(checkpoint):
         assert start(checkpoint, "--port", str(port)).startswith(f"cannot listen on 127.0.0.1:{port}: ")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--max-model-len", "100000"], ["max_model_len", "256"]),
-        (["--tensor-parallel-size", "3"], ["tensor_parallel_size 3", "num_attention_heads (8)", "work: 1, 2, 4, 8"]),
-        (["--data-parallel-size", "64"], ["data_parallel_size 64", "64 devices"]),
-        (["--device", "tpu"], ["tpu"]),
-    ],
-)
-def test_settings_that_do_not_fit_the_model_or_the_machine(checkpoint, arguments, words):
-    message = start(checkpoint, *arguments)
+def test_a_mesh_that_does_not_fit_the_model(checkpoint):
+    message = start(checkpoint, "--tensor-parallel-size", "3")
+    words = ("tensor_parallel_size 3", "num_attention_heads (8)", "work: 1, 2, 4, 8")
     assert [word for word in words if word not in message] == [], message
 
 

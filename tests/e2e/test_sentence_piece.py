@@ -10,7 +10,8 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.server import ServerProcess
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
+from tests.e2e.tiny_model import TINY_SHAPES, write_config
+from tests.quick_compiles import QUICK_COMPILES
 from tests.sentence_piece import VOCABULARY, write_sentence_piece
 
 NAME, CODE = r"[A-Zé你 ]{2,4}", r"(é|Ø| the |你){3}\n"

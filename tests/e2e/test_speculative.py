@@ -12,7 +12,8 @@ from openai import OpenAI
 
 from tests.checkpoints import save_random_llama, transformers_greedy
 from tests.e2e.server import MODEL, NAME, SMALL_SHAPES, ServerProcess
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_tokenizer
+from tests.e2e.tiny_model import TINY_SHAPES, write_tokenizer
+from tests.quick_compiles import QUICK_COMPILES
 from tests.speculative.heads import save_eagle3, train_eagle3
 
 CONFIG = '{"method": "ngram", "num_speculative_tokens": 6, "adaptive": false}'

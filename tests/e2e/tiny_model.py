@@ -16,10 +16,6 @@ TINY_SHAPES = (
 )
 
 
-# For processes that serve it: they compile in three quarters of the time, for programs that run for milliseconds.
-QUICK_COMPILES = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-
-
 def write_tokenizer(folder: Path) -> Path:
     """Add a tokenizer of 256 byte tokens and an end of text to a model folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

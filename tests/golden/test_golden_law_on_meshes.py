@@ -38,7 +38,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
 
 
 ONE_BUCKET = {"max_num_batched_tokens": 32, "token_buckets": (32,)}  # fewer programs to compile, of each mesh
-MESHES = [(tensor, 1, heads) for tensor in (1, 2, 4, 8) for heads in KV_HEADS]
+# Devices that share a layer, copies of the model, KV heads. Of each number of devices: several heads for each, one, one
+# that some of them share, one that all share.
+MESHES = [(1, 1, 1), (1, 1, 8), (2, 1, 4), (2, 1, 1), (4, 1, 8), (4, 1, 4), (8, 1, 8), (8, 1, 4), (8, 1, 1)]
 MESHES += [(1, 2, 2), (2, 2, 2), (4, 2, 2), (2, 4, 8)]
 
 

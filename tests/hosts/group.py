@@ -9,7 +9,8 @@ import psutil
 
 from jaxserve.engine.hosts.sockets import free_port
 from tests.e2e.server import ROOT, ServerProcess, command, environment
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES
+from tests.e2e.tiny_model import TINY_SHAPES
+from tests.quick_compiles import QUICK_COMPILES
 
 
 def flags(address: str, num_hosts: int, rank: int) -> tuple[str, ...]:

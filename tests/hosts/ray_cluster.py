@@ -12,6 +12,7 @@ import sys
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing leaves this machine
+    "RAY_worker_niceness": "0",  # by default 15: beside other tests followers would get a thirtieth of a core
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # and nothing its loopback: Ray takes this for "no other machines"
 }
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False, "node_ip_address": "127.0.0.1"}

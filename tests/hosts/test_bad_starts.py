@@ -12,8 +12,9 @@ import pytest
 
 from jaxserve.engine.hosts.sockets import free_port
 from tests.e2e.server import ROOT, command, environment, wait_for
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
+from tests.e2e.tiny_model import TINY_SHAPES, write_config
 from tests.hosts.group import flags
+from tests.quick_compiles import QUICK_COMPILES
 
 pytestmark = pytest.mark.multihost
 

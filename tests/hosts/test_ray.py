@@ -17,9 +17,10 @@ import pytest
 from openai import OpenAI
 
 from tests.e2e.server import ROOT, ServerProcess, command, environment, wait_for
-from tests.e2e.tiny_model import QUICK_COMPILES, TINY_SHAPES, write_config
+from tests.e2e.tiny_model import TINY_SHAPES, write_config
 from tests.hosts.ray_cluster import ENVIRONMENT
 from tests.hosts.test_bad_starts import TIME_LIMIT_S
+from tests.quick_compiles import QUICK_COMPILES
 
 pytestmark = pytest.mark.multihost
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,7 @@ def test_rotation_and_writes_agree_with_the_reference(dtype, group, head_dim):
     np.testing.assert_array_equal(np.asarray(pools[1])[1:], expected[1][1:].view(stored))  # values are only rounded
 
 
+@pytest.mark.usefixtures("fused_as_served")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 128])
 def test_a_step_of_three_layers_copies_no_pool(dtype, num_tokens):
@@ -194,7 +196,27 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", str(compiler))
     with pytest.raises(UnavailableError, match="could not compile the CPU kernels: vector.h:1: error: what is this"):
         build()
-    assert list(cache_folder().iterdir()) == []  # nothing half made stays
+    assert [path for path in cache_folder().iterdir() if path.suffix != ".lock"] == []  # nothing half made stays
+
+
+def test_engines_that_start_together_compile_the_library_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
+    compiler = tmp_path / "c++"
+    runs = tmp_path / "runs"
+    # Slow, and makes an empty library.
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then exit; fi\n'
+        f"echo once >> {runs}; sleep 0.3\n"
+        'while [ "$1" != -o ]; do shift; done\n'
+        ': > "$2"\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("CXX", str(compiler))
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(lambda _: build(), range(3))
+    assert first.exists() and set(others) == {first}
+    assert runs.read_text() == "once\n"
 
 
 def test_every_source_is_in_a_unit():

@@ -11,6 +11,8 @@ from pallas_kernels.kv_write import kv_write
 from pallas_kernels.numerics import pool_dtype, pool_shape
 from pallas_kernels.paged_attention import AttentionGeometry, metadata_shapes, paged_attention
 
+pytestmark = pytest.mark.usefixtures("fused_as_served")
+
 NUM_BLOCKS = 2039  # a prime, so that no other array has the size of a pool
 NUM_LAYERS = 3
 SHAPE = pool_shape(NUM_BLOCKS, 16, 2, 64)

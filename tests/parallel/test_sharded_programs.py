@@ -24,6 +24,8 @@ from jaxserve.weights import mapping
 from tests.checkpoints import save_random_llama
 from tests.sampling.test_split_vocabulary import EXPECTED
 
+pytestmark = pytest.mark.usefixtures("fused_as_served")
+
 NUM_LAYERS = 3
 NUM_BLOCKS = 9
 BUCKETS = Buckets((8,), (8,))

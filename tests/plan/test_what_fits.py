@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from jaxserve.cli.main import main
 from jaxserve.config import config_from_values, load_config
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.plan import devices as devices_module
@@ -86,7 +87,7 @@ def test_rates_of_what_the_engine_would_not_run_are_refused():
 
 def test_where_nothing_helps_the_refusal_says_so():
     with pytest.raises(ConfigError, match="nothing tried would fit"):
-        fits(LLAMA_70B, "v5e:1", tensor_parallel_size=1, device="tpu", gpu_memory_utilization=0.05)
+        fits(LLAMA_8B, "v5e:1", tensor_parallel_size=1, device="tpu", gpu_memory_utilization=0.05)
 
 
 @pytest.mark.parametrize(
@@ -187,11 +188,14 @@ def test_the_command_prints_a_table_for_people():
         ([LLAMA_8B, "--devices", "h100", "--batch-size", "0"], "--batch-size must be numbers from 1 on"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_status_2(arguments: list[str], message: str):
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_bad_input_is_one_line_and_exit_status_2(arguments: list[str], message: str, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["jaxserve", "plan", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
 
 
 def test_every_kind_of_device_is_one_that_programs_run_on():

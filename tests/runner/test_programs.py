@@ -24,6 +24,8 @@ from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import Programs
 from tests.checkpoints import save_random_llama
 
+pytestmark = pytest.mark.usefixtures("fused_as_served")
+
 NUM_BLOCKS = 3559  # a number that no other array of the step has
 BLOCK_SIZE = 16
 

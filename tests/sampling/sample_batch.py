@@ -16,6 +16,7 @@ from tests.sampling.split_vocabulary import split_sampler
 
 EOS = 2
 MAX_LEN = 40
+NUM_ROWS = 32  # of a batch, unless it has more
 
 
 @cache
@@ -37,13 +38,13 @@ def run(
 
     With `num_shards` so many devices have a part of the vocabulary each.
 
-    Few shapes, few compilations: the default is the next of 32, 64, 128 ...
+    Few shapes, few compilations: the default is the next of NUM_ROWS, twice that ...
     """
     rows, vocab_size = logits.shape
     prompts = [[1]] * rows if prompts is None else prompts
     outputs = [[]] * rows if outputs is None else outputs
     slots = SlotParameters(rows, vocab_size)
-    padded = max(32, 1 << (rows - 1).bit_length()) if num_rows is None else num_rows
+    padded = max(NUM_ROWS, 1 << (rows - 1).bit_length()) if num_rows is None else num_rows
     history = np.full((padded, MAX_LEN), 3, np.int32)  # what lies behind the end must not matter
     for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
         stop_token_ids = [EOS, *(params[row].stop_token_ids or ())]
@@ -63,9 +64,11 @@ def run(
 
 
 def draws(logits: np.ndarray, params: SamplingParams, count: int) -> np.ndarray:
-    """`count` tokens drawn from one row of logits with as many seeds."""
-    batch = np.broadcast_to(logits, (count, len(logits)))
-    return run(batch, [replace(params, seed=seed) for seed in range(count)]).token_ids
+    """`count` tokens drawn from one row of logits with as many seeds, in batches of NUM_ROWS."""
+    batch = np.broadcast_to(logits, (NUM_ROWS, len(logits)))
+    seeded = [replace(params, seed=seed) for seed in range(count)]
+    runs = [run(batch, seeded[begin : begin + NUM_ROWS]).token_ids for begin in range(0, count, NUM_ROWS)]
+    return np.concatenate(runs)
 
 
 def random_logits(rows: int, vocab_size: int, *, scale: float = 3.0, seed: int = 0) -> np.ndarray:

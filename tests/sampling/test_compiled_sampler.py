@@ -12,6 +12,8 @@ from jax import lax
 from jaxserve.sampling.inputs import VARIANTS, abstract_inputs
 from jaxserve.sampling.sampler import sample
 
+pytestmark = pytest.mark.usefixtures("fused_as_served")
+
 ROWS, VOCAB_SIZE = 4, 49152
 LOGITS = jax.ShapeDtypeStruct((ROWS, VOCAB_SIZE), np.float32)
 

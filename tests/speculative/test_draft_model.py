@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tests.harness import greedy, run, tiny_config, tokens
 from tests.structured.requests import CONSTRAINTS, constrained
 
 NUM_TOKENS = 24
+BLOCK_BYTES = 2 * 16 * 4 * 3 * 2 * 16  # of the model: K and V, positions, bytes, layers, heads, head_dim
 _rng = np.random.default_rng(13)
 _shared = _rng.integers(3, 320, 36).tolist()
 PROMPTS = [_rng.integers(3, 320, size).tolist() for size in (1, 5, 33, 70)] + [[*_shared, 5], [*_shared, 6, 7]]
@@ -37,6 +40,16 @@ PARAMS = [
     greedy(NUM_TOKENS - 3),
     SamplingParams(seed=7, top_k=30, min_p=0.05, max_tokens=NUM_TOKENS - 9, ignore_eos=True),
 ]
+
+GRAMMARS = [
+    constrained(PARAMS[1], CONSTRAINTS["json"]),
+    constrained(PARAMS[2], CONSTRAINTS["regex"]),
+    PARAMS[4],
+    replace(PARAMS[3], structured_outputs_grammar=grammar_text(StructuredOutputsParams(regex="(.|\n)*"))),
+    constrained(PARAMS[5], CONSTRAINTS["grammar"]),
+    constrained(PARAMS[2], CONSTRAINTS["choice"]),  # ends within a step's drafts
+]
+REQUESTS = {"plain": PARAMS, "grammars": GRAMMARS}
 
 
 @pytest.fixture(scope="module")
@@ -58,130 +71,101 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def wanted(folders: dict[str, Path]) -> list[list[int]]:
+def wanted(folders: dict[str, Path]) -> dict[str, list[list[int]]]:
+    """The answers to `REQUESTS` without drafts."""
     core = EngineCore(tiny_config(str(folders["itself"])))
-    answers = [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)]
+    answers = {name: [tokens(deltas) for deltas in run(core, PROMPTS, params)] for name, params in REQUESTS.items()}
     core.shutdown()
     return answers
 
 
-def drafting(folders: dict[str, Path], draft: str, **changes: Any) -> EngineCore:
+@contextmanager
+def drafting(folders: dict[str, Path], draft: str, **changes: Any) -> Iterator[EngineCore]:
     speculative = {"model": str(folders[draft]), "num_speculative_tokens": 4, "adaptive": False}
-    return EngineCore(tiny_config(str(folders["itself"]), speculative_config=speculative, **changes))
+    core = EngineCore(tiny_config(str(folders["itself"]), speculative_config=speculative, **changes))
+    yield core
+    core.shutdown()
 
 
-def check(core: EngineCore, wanted: list[list[int]]) -> float:
+def check(core: EngineCore, wanted: dict[str, list[list[int]]], name: str = "plain") -> float:
     """Run twice, the second time from the prefix cache; returns the part of the drafts that was accepted."""
+    before = core.stats().drafts
     for _ in range(2):
-        assert [tokens(deltas) for deltas in run(core, PROMPTS, PARAMS)] == wanted
+        given = run(core, PROMPTS, REQUESTS[name], cache_salt=name)
+        assert [tokens(deltas) for deltas in given] == wanted[name]
     stats = core.stats()
     assert stats.num_compiles_after_ready == 0
     assert stats.kv_cache_usage == 0
-    core.shutdown()
-    assert stats.drafts.num_draft_tokens > 50
-    return stats.drafts.num_accepted_tokens / stats.drafts.num_draft_tokens
+    num_drafts = stats.drafts.num_draft_tokens - before.num_draft_tokens
+    assert num_drafts > 30
+    return (stats.drafts.num_accepted_tokens - before.num_accepted_tokens) / num_drafts
 
 
+ONE_BUCKET = {"max_num_batched_tokens": 32, "token_buckets": (32,)}  # fewer programs to compile
 WAYS = {
     "batched": {},
-    "synchronous": {"async_scheduling": False},
+    "synchronous": ONE_BUCKET | {"async_scheduling": False},
     "chunked": {"max_num_batched_tokens": 8, "token_buckets": (8,)},
-    "preempted": {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
-    "two devices": {"tensor_parallel_size": 2},
-    "two data shards": {"data_parallel_size": 2},
+    "preempted": ONE_BUCKET | {"num_gpu_blocks_override": 37, "block_size": 4, "max_model_len": 100},
+    "two devices": ONE_BUCKET | {"tensor_parallel_size": 2},
+    "two data shards": ONE_BUCKET | {"data_parallel_size": 2},
 }
 
 
 @pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS.keys())
-def test_the_model_itself_guesses_every_token_right(folders, wanted, changes) -> None:
-    core = drafting(folders, "itself", **changes)
-    assert check(core, wanted) > 0.99
-    assert core.stats().num_preemptions > 0 or "num_gpu_blocks_override" not in changes
+def test_the_model_itself_guesses_every_token_right_under_grammars_too(folders, wanted, changes) -> None:
+    with drafting(folders, "itself", **changes) as core:
+        assert check(core, wanted) > 0.99
+        assert core.stats().num_preemptions > 0 or "num_gpu_blocks_override" not in changes
+        assert check(core, wanted, "grammars") > 0.99
 
 
 def test_a_model_that_nearly_agrees_saves_steps_and_changes_no_answer(folders, wanted) -> None:
-    assert 0.2 < check(drafting(folders, "near"), wanted) < 0.95
-
-
-GRAMMARS = [
-    constrained(PARAMS[1], CONSTRAINTS["json"]),
-    constrained(PARAMS[2], CONSTRAINTS["regex"]),
-    PARAMS[4],
-    replace(PARAMS[3], structured_outputs_grammar=grammar_text(StructuredOutputsParams(regex="(.|\n)*"))),
-    constrained(PARAMS[5], CONSTRAINTS["grammar"]),
-    constrained(PARAMS[2], CONSTRAINTS["choice"]),  # ends within a step's drafts
-]
-
-
-@pytest.fixture(scope="module")
-def wanted_by_grammars(folders: dict[str, Path]) -> list[list[int]]:
-    core = EngineCore(tiny_config(str(folders["itself"])))
-    answers = [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)]
-    core.shutdown()
-    return answers
-
-
-@pytest.mark.parametrize("way", ["batched", "synchronous", "chunked", "preempted", "two data shards"])
-def test_what_a_draft_model_draws_obeys_the_grammar_of_the_request(folders, wanted_by_grammars, way) -> None:
-    core = drafting(folders, "itself", **WAYS[way])
-    for _ in range(2):
-        assert [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)] == wanted_by_grammars
-    stats = core.stats()
-    core.shutdown()
-    assert stats.num_compiles_after_ready == 0
-    assert stats.drafts.num_draft_tokens > 30
-    assert stats.drafts.num_accepted_tokens > 0.99 * stats.drafts.num_draft_tokens
-
-
-def test_a_draft_model_that_nearly_agrees_changes_no_answer_under_a_grammar(folders, wanted_by_grammars) -> None:
-    core = drafting(folders, "near")
-    assert [tokens(deltas) for deltas in run(core, PROMPTS, GRAMMARS)] == wanted_by_grammars
-    drafts = core.stats().drafts
-    core.shutdown()
-    assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
+    with drafting(folders, "near", **ONE_BUCKET) as core:
+        assert 0.2 < check(core, wanted) < 0.95
+        assert 0 < check(core, wanted, "grammars") < 1
 
 
 @pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 16, "token_buckets": (8, 16)}])
 def test_a_model_of_another_shape_that_agrees_on_nothing_changes_no_answer(folders, wanted, changes) -> None:
-    assert check(drafting(folders, "far", **changes), wanted) < 0.2
+    with drafting(folders, "far", **changes) as core:
+        assert check(core, wanted) < 0.2
 
 
 def test_whoever_shares_the_blocks_of_a_sequence_that_ended_with_an_accepted_draft_fills_the_gap(folders) -> None:
-    core = drafting(folders, "itself", max_num_seqs=2, max_num_batched_tokens=64, token_buckets=(64,))
-    first = PROMPTS[1]
-    (deltas,) = run(core, [first], greedy(33 - len(first)))  # position 31, the last to be computed, is block 1's last
-    assert len(deltas[-1].token_ids) > 1
-    runner: Any = core._runner
-    plans = []
-    dispatch = runner.dispatch
-    runner.dispatch = lambda plan: plans.append(plan) or dispatch(plan)
-    run(core, [[*first, *tokens(deltas), 7]], greedy(4))
-    assert plans[0].starts == [32]
-    shared = plans[0].new_slots[0].block_ids[:2]
-    for ours, theirs in zip(runner._drafts._caches, runner._caches, strict=True):
-        for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-            np.testing.assert_allclose(one[np.array(shared)], other[np.array(shared)], atol=1e-5)
-    core.shutdown()
+    with drafting(folders, "itself", max_num_seqs=2, **ONE_BUCKET) as core:
+        first = PROMPTS[1]
+        (deltas,) = run(core, [first], greedy(33 - len(first)))  # what is computed ends with block 1, at position 31
+        assert len(deltas[-1].token_ids) > 1
+        runner: Any = core._runner
+        plans = []
+        dispatch = runner.dispatch
+        runner.dispatch = lambda plan: plans.append(plan) or dispatch(plan)
+        run(core, [[*first, *tokens(deltas), 7]], greedy(4))
+        assert plans[0].starts == [32]
+        shared = plans[0].new_slots[0].block_ids[:2]
+        for ours, theirs in zip(runner._drafts._caches, runner._caches, strict=True):
+            for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+                np.testing.assert_allclose(one[np.array(shared)], other[np.array(shared)], atol=1e-5)
 
 
 def test_a_pool_of_so_many_bytes_is_shared_between_both(folders) -> None:
     size = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 1024 * 1024}
-    alone = EngineCore(tiny_config(str(folders["itself"]), **size))
-    both = drafting(folders, "itself", **size)
-    assert both.info.num_blocks == alone.info.num_blocks // 2
-    for core in (alone, both):
-        core.shutdown()
+    with drafting(folders, "itself", **ONE_BUCKET, **size) as core:
+        assert core.info.num_blocks == 1024 * 1024 // (2 * BLOCK_BYTES)
 
 
 def test_on_a_device_with_memory_of_its_own_both_models_get_their_part(folders, wanted, monkeypatch) -> None:
+    pool_bytes = 2**20
+
     def read(device: object, *, share: float, step_bytes: int) -> DeviceMemory:
-        return DeviceMemory(limit_bytes=10 * 2**20, in_use_bytes=2**20, step_bytes=step_bytes)
+        return DeviceMemory(limit_bytes=pool_bytes + step_bytes, in_use_bytes=0, step_bytes=step_bytes)
 
     monkeypatch.setattr(assembly, "blocks_on_cpu", lambda spec, **counts: None)
     monkeypatch.setattr(DeviceMemory, "read", read)
-    core = drafting(folders, "itself", num_gpu_blocks_override=None, max_num_seqs=64)
-    assert 2 < core.info.num_blocks <= 9 * 2**20 // (2 * 3 * 16 * 2 * 2 * 16 * 4)
-    assert check(core, wanted) > 0.99
+    with drafting(folders, "itself", **ONE_BUCKET, num_gpu_blocks_override=None) as core:
+        assert 0.8 * pool_bytes < core.info.num_blocks * 2 * BLOCK_BYTES <= pool_bytes
+        assert check(core, wanted) > 0.99
 
 
 def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -> None:
@@ -200,8 +184,8 @@ def test_a_draft_model_that_cannot_draft_is_refused_by_name(folders, tmp_path) -
             {"tensor_parallel_size": 2},
         ),
     ):
-        with pytest.raises(ConfigError, match=message):
-            drafting(folders | {"bad": folder}, "bad", **changes)
+        with pytest.raises(ConfigError, match=message), drafting(folders | {"bad": folder}, "bad", **changes):
+            pass
 
 
 def test_a_draft_model_whose_tokens_have_other_ids_is_refused_and_names_one(tmp_path) -> None:
