@@ -180,7 +180,7 @@ class Scheduler:
     def _plan_running(self, plan: StepPlan, rows: list[ScheduledRequest]) -> int:
         """Rows for the requests that run, each at least a token; returns what is left of the token budget.
 
-        The loop that every step takes for every request: nothing in it is a call but where a block is full.
+        The loop that every step takes for every request: what a row is stands in place, and not in a method.
         """
         budget = self._settings.max_num_batched_tokens
         running = self._running

@@ -34,10 +34,13 @@ def build() -> Path:
     compiler = _compiler()
     path = cache_folder() / f"cpu-{_digest(compiler)}.so"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with FileLock(path.with_suffix(".lock")):  # replicas that start together: one compiles, the others wait
-            if not path.exists():
-                _compile(compiler, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with FileLock(path.with_suffix(".lock")):  # replicas that start together: one compiles, the others wait
+                if not path.exists():
+                    _compile(compiler, path)
+        except OSError as error:
+            raise UnavailableError(f"the cache folder {path.parent} cannot be written: {error}") from error
     return path
 
 

@@ -199,6 +199,13 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     assert [path for path in cache_folder().iterdir() if path.suffix != ".lock"] == []  # nothing half made stays
 
 
+def test_a_cache_folder_that_cannot_be_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(UnavailableError, match="the cache folder .*file/native cannot be written: .*Not a directory"):
+        build()
+
+
 def test_engines_that_start_together_compile_the_library_once(monkeypatch, tmp_path):
     monkeypatch.setenv("JAXSERVE_CACHE_DIR", str(tmp_path))
     compiler = tmp_path / "c++"
