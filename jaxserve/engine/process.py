@@ -181,6 +181,7 @@ class EngineProcess:
 def main() -> int:
     """Run the engine process; the result is its exit code."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # `spawn` blocked it; compilers would inherit that
     signal.signal(signal.SIGTERM, _exit_on_signal)
     if len(sys.argv) > 1:
         with suppress(Exception):  # it comes again, and is told of, where the core is made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -18,4 +19,10 @@ def spawn(core: str | None = None) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in sys.path)}
     environment.pop(API_KEY_VARIABLE, None)  # keys are the API's business alone
     command = [sys.executable, "-P", "-m", "jaxserve.engine.process", *([core] if core else [])]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    # Ctrl-C reaches the whole group, and the child inherits what this thread blocks: it waits until `process.main`
+    # ignores it, where it would end the child's imports with a traceback.
+    blocked_before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked_before)

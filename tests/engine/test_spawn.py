@@ -25,6 +25,17 @@ def test_a_process_without_an_order_ends_with_its_parents_end_of_the_pipe(capfd:
     assert capfd.readouterr().err == ""
 
 
+def test_an_interrupt_while_a_process_still_imports_is_its_parents_business(capfd: pytest.CaptureFixture[str]) -> None:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    process = spawn(FAKE_CORE)
+    os.kill(process.pid, signal.SIGINT)  # long before its first line runs
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    assert process.stdin is not None
+    process.stdin.close()
+    assert process.wait(END_S) == 0
+    assert capfd.readouterr().err == ""
+
+
 async def test_the_client_takes_the_process_that_waits_and_later_starts_its_own(make_config) -> None:
     process = spawn(FAKE_CORE)
     async with ProcessEngineClient(make_config(), core=FAKE_CORE, process=process) as client:
