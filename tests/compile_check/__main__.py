@@ -9,14 +9,13 @@ set_environment()
 
 import argparse  # noqa: E402
 import fnmatch  # noqa: E402
-import json  # noqa: E402
 import os  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 import jax  # noqa: E402
 
@@ -24,6 +23,7 @@ from tests.compile_check import report  # noqa: E402
 from tests.compile_check.catalogue import all_jobs, key  # noqa: E402
 from tests.compile_check.jobs import Job, Result  # noqa: E402
 from tests.compile_check.steps import REDUCED_LAYERS  # noqa: E402
+from tests.compile_check.worker import run_apart  # noqa: E402
 
 _ABOUT_TRACEBACKS = ("-----", "For simplicity, JAX has removed")
 _TIMEOUT_S = 1800  # of one job: all layers of the largest model on slow cores
@@ -79,33 +79,24 @@ def _is_asked_for(job: Job, arguments: argparse.Namespace) -> bool:
 def _run(job: Job, *, full: bool) -> Result:
     """Compile `job` in a process of its own; what goes wrong there is the result's failure."""
     with tempfile.TemporaryDirectory(prefix="compile-check-") as folder:
-        dumps = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_MLIR_PASSES": "1"}
-        command = [sys.executable, "-m", "tests.compile_check.worker", key(job), *(["--full"] if full else [])]
-        try:
-            process = subprocess.run(
-                command, env=os.environ | dumps, cwd=report.ROOT, capture_output=True, text=True, timeout=_TIMEOUT_S
-            )
-        except subprocess.TimeoutExpired:
-            result = Result.of(job, jax.__version__, failures=[f"not compiled after {_TIMEOUT_S} s"])
-        else:
-            result = _result(job, process)
+        ended = run_apart(key(job), Path(folder), full=full, timeout_s=_TIMEOUT_S)
+    if ended.exit_status == 0 and ended.result is not None:
+        result = ended.result
+    elif ended.exit_status is None:
+        result = Result.of(job, jax.__version__, failures=[f"not compiled after {_TIMEOUT_S} s"])
+    else:
+        said = f"does not compile (exit status {ended.exit_status}): {_error_in(ended.said)}"
+        result = Result.of(job, jax.__version__, failures=[said])
     verdict = "; ".join(result.failures) or "ok"
     print(f"  {key(job)}: {result.compile_s or '-'} s, {verdict}", flush=True)
     return result
 
 
-def _result(job: Job, process: subprocess.CompletedProcess[str]) -> Result:
-    if process.returncode == 0:
-        return Result(**json.loads(process.stdout.splitlines()[-1]))
-    return Result.of(job, jax.__version__, failures=[_error_of(process)])
-
-
-def _error_of(process: subprocess.CompletedProcess[str]) -> str:
+def _error_in(said: str) -> str:
     """The exception's own lines, or what the compiler said before it ended the process."""
-    lines = [line for line in process.stderr.splitlines() if line.strip() and not line.startswith(_ABOUT_TRACEBACKS)]
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith(_ABOUT_TRACEBACKS)]
     frames = [index for index, line in enumerate(lines) if line.startswith("  ")]
-    said = " ".join(lines[frames[-1] + 1 :] if frames and frames[-1] + 1 < len(lines) else lines[-3:])
-    return f"does not compile (exit status {process.returncode}): {said[:600]}"
+    return " ".join(lines[frames[-1] + 1 :] if frames and frames[-1] + 1 < len(lines) else lines[-3:])[:600]
 
 
 def _verdict(results: Sequence[Result]) -> int:

@@ -1,4 +1,8 @@
-"""Compiles one job in a process of its own and prints its `Result` as JSON: a compiler that crashes takes no other."""
+"""Compiles one job in a process of its own: a compiler that crashes takes no other job.
+
+Processes are forked from one that has imported everything and started nothing; importing takes as long as compiling a
+small kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ from jaxserve.plan.environment import set_environment
 
 set_environment()
 
-import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 import json  # noqa: E402
+import multiprocessing  # noqa: E402
 import os  # noqa: E402
 import time  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -22,6 +27,8 @@ from jaxserve.plan.topologies import lowering_for  # noqa: E402
 from tests.compile_check import inspection  # noqa: E402
 from tests.compile_check.catalogue import find  # noqa: E402
 from tests.compile_check.jobs import Job, Limits, Result  # noqa: E402
+
+_RESULT, _SAID = "result.json", "said"
 
 
 def run(job: Job, dump_folder: Path) -> Result:
@@ -88,16 +95,44 @@ def _judge_kernels(reports: list[inspection.KernelReport], result: Result) -> No
         result.failures.extend(f"kernel {report.name}: {warning}" for warning in set(report.warnings))
 
 
-def main() -> None:
-    """Run the named job; the last line of standard output is its result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--full", action="store_true")
-    arguments = parser.parse_args()
-    job = find(arguments.name, full=arguments.full)
-    result = run(job, Path(os.environ["MOSAIC_GPU_DUMP_TO"]))
-    print(json.dumps(dataclasses.asdict(result)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """How a job's process ended: with a result, or with a status other than 0 and what was said on the way."""
+
+    exit_status: int | None  # None: it was killed at the end of its time
+    said: str
+    result: Result | None
 
 
-if __name__ == "__main__":
-    main()
+def run_apart(name: str, folder: Path, *, full: bool, timeout_s: float) -> Ended:
+    """Run the job of that key in a process of its own, which leaves its files in `folder`."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    process = forks.Process(target=_run_here, args=(name, folder, full))
+    process.start()
+    process.join(timeout_s)
+    is_late = process.is_alive()
+    if is_late:
+        process.kill()
+        process.join()
+    result, said = folder / _RESULT, folder / _SAID
+    return Ended(
+        exit_status=None if is_late else process.exitcode,
+        said=said.read_text(errors="replace") if said.exists() else "",
+        result=Result(**json.loads(result.read_text())) if result.exists() else None,
+    )
+
+
+def _run_here(name: str, folder: Path, full: bool) -> None:
+    with (folder / _SAID).open("wb") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    dumps = folder / "kernels"
+    dumps.mkdir()
+    os.environ |= {
+        "MOSAIC_GPU_DUMP_TO": str(dumps),
+        "MOSAIC_GPU_DUMP_PTXAS": "1",
+        "MOSAIC_GPU_DUMP_MLIR_PASSES": "1",
+    }
+    result = run(find(name, full=full), dumps)
+    (folder / _RESULT).write_text(json.dumps(dataclasses.asdict(result)))
