@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -31,6 +35,8 @@ _JSON_NAMES = {
     str: "a string", type(None): "null",
 }  # fmt: skip
 _MAX_QUOTED_CHARS = 40
+_MAX_EXPLAINED_BYTES = 65536  # of a body that cannot be read; Python's own reader takes a millisecond for them
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read_body(request: Request, model: type[Model]) -> Model:
@@ -60,12 +66,8 @@ def check_fields(fields: dict[str, Any], model: type[Model]) -> Model:
 def _parse_object(data: bytes) -> dict[str, Any]:
     try:
         value = msgspec.json.decode(data)
-    except UnicodeDecodeError as error:
-        raise InvalidRequestError(
-            f"the request body is not valid UTF-8: {error.reason}, byte {error.start}", code="invalid_json"
-        ) from None
-    except msgspec.DecodeError as error:
-        raise InvalidRequestError(f"the request body is not valid JSON: {error}", code="invalid_json") from None
+    except (UnicodeDecodeError, msgspec.DecodeError) as error:
+        raise _why_unreadable(data, error) from None
     except RecursionError:
         raise InvalidRequestError("the request body is nested too deeply", code="invalid_json") from None
     if not isinstance(value, dict):
@@ -73,6 +75,43 @@ def _parse_object(data: bytes) -> dict[str, Any]:
             f"the request body must be a JSON object, got {_JSON_NAMES[type(value)]}", code="invalid_json"
         )
     return value
+
+
+def _why_unreadable(data: bytes, error: Exception) -> InvalidRequestError:
+    """Say what is wrong with a body; a value that Python's own reader takes, and we do not, is named by its field."""
+    try:
+        data.decode()
+    except UnicodeDecodeError as wrong:
+        return InvalidRequestError(
+            f"the request body is not valid UTF-8: {wrong.reason}, byte {wrong.start}", code="invalid_json"
+        )
+    if len(data) <= _MAX_EXPLAINED_BYTES:
+        try:
+            value = json.loads(data, parse_int=float)
+        except (ValueError, RecursionError):
+            value = None  # not JSON for that reader either
+        for path, leaf in _leaves(value) if isinstance(value, dict) else ():
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                return InvalidRequestError(f"{path} must be a number that is finite and not so large", param=path)
+            if isinstance(leaf, str) and _SURROGATE.search(leaf):
+                return InvalidRequestError(
+                    f"{path or 'a field'} holds half of a surrogate pair, which is no character", param=path or None
+                )
+    return InvalidRequestError(f"the request body is not valid JSON: {error}", code="invalid_json")
+
+
+def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every value in an object that is neither object nor list, with its path; before them an object's names."""
+    open_values: list[tuple[tuple[int | str, ...], Any]] = [((), value)]
+    while open_values:
+        location, value = open_values.pop()
+        if isinstance(value, dict):
+            yield from ((field_path(location), name) for name in value)
+            open_values += [((*location, name), inner) for name, inner in value.items()]
+        elif isinstance(value, list):
+            open_values += [((*location, index), inner) for index, inner in enumerate(value)]
+        else:
+            yield field_path(location), value
 
 
 def _first_error(error: ValidationError, model: type[RequestModel]) -> InvalidRequestError:

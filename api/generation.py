@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
+from api.field_names import said_in
 from api.state import ServerState
 from api.to_engine import Job, engine_request_id
-from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import RequestOutput
 
 IndexedOutput = tuple[int, RequestOutput]  # which of the job's prompts, and its news
@@ -47,13 +47,9 @@ async def _outputs_of_prompt(state: ServerState, job: Job, prompt_index: int) ->
     )
     state.in_flight.request_ids.add(request_id)
     try:
-        async for output in iterator:
-            yield output
-    except InvalidRequestError as error:
-        fields = {"prompt": job.prompt_field, "structured_outputs": job.constraint_field}  # by the engine's words
-        if error.param in fields:
-            error.param = fields[error.param]
-        raise
+        with said_in(job.field_names):
+            async for output in iterator:
+                yield output
     finally:
         state.in_flight.request_ids.discard(request_id)
         await _close(iterator)

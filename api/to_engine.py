@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from api.field_names import said_in
 from api.schemas.chat import ChatRequest, ConversationFields
 from api.schemas.completion import CompletionRequest
 from api.schemas.sampling import SamplingFields
@@ -25,8 +26,7 @@ class Job:
 
     reply_id: str  # "cmpl-..." or "chatcmpl-..."
     prompts: Sequence[str | list[int]]
-    prompt_field: str  # of the body, which the prompts came from
-    constraint_field: str | None  # of the body, which structured_outputs came from
+    field_names: dict[str, str]  # the engine's word -> the body's, where they differ
     params: SamplingParams
     add_special_tokens: bool
     priority: int
@@ -39,14 +39,15 @@ def completion_job(request: CompletionRequest, engine: EngineClient, request_id:
         _check_prompt(prompt, request, engine)
     _check_num_sequences(len(request.prompt), request.n, engine.model_info)
     scores_prompt = request.echo and request.logprobs is not None
+    names = _constraint_name(request)
     return Job(
         reply_id=f"cmpl-{reply_id(request, request_id)}",
         prompts=request.prompt,
-        prompt_field="prompt",
-        constraint_field=request.constraint_field,
+        field_names=names,
         params=_sampling_params(
             request,
             engine.model_info,
+            names,
             max_tokens=request.max_tokens or 1,  # with 0 the one token is left out of the reply
             logprobs=request.logprobs,
             prompt_logprobs=request.logprobs if scores_prompt else request.prompt_logprobs,
@@ -62,15 +63,18 @@ def chat_job(request: ChatRequest, engine: EngineClient, template: ChatTemplate 
     extra = {} if request.reasoning_effort is None else {"reasoning_effort": request.reasoning_effort}
     prompt = render_conversation(request, template, extra)
     _check_num_sequences(1, request.n, engine.model_info)
-    max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    names = _constraint_name(request) | {"prompt": "messages", "logprobs": "top_logprobs"}
+    max_tokens = request.max_tokens
+    if request.max_completion_tokens is not None:
+        max_tokens, names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
     return Job(
         reply_id=f"chatcmpl-{reply_id(request, request_id)}",
         prompts=[prompt],
-        prompt_field="messages",
-        constraint_field=request.constraint_field,
+        field_names=names,
         params=_sampling_params(
             request,
             engine.model_info,
+            names,
             max_tokens=max_tokens,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             prompt_logprobs=request.prompt_logprobs,
@@ -147,9 +151,14 @@ def check_token_ids(name: str, token_ids: list[int], vocab_size: int) -> None:
         )
 
 
+def _constraint_name(request: SamplingFields) -> dict[str, str]:
+    return {} if request.constraint_field is None else {"structured_outputs": request.constraint_field}
+
+
 def _sampling_params(
     request: SamplingFields,
     info: ModelInfo,
+    names: Mapping[str, str],
     *,
     max_tokens: int | None,
     logprobs: int | None,
@@ -157,6 +166,8 @@ def _sampling_params(
 ) -> SamplingParams:
     """Fill in defaults and check; the model's generation config says what a field left out means."""
     output_kind: OutputKind = "delta" if request.stream else "final_only"
+    with said_in(names):
+        constraint = request.constraint()
     given = {name: getattr(request, name) for name in _DEFAULTED}
     chosen = {name: value for name, value in given.items() if value is not None}
     defaults = {name: info.default_sampling[name] for name in _DEFAULTED if name in info.default_sampling}
@@ -166,7 +177,7 @@ def _sampling_params(
         logit_bias=request.logit_bias,
         allowed_token_ids=request.allowed_token_ids,
         bad_words=request.bad_words,
-        structured_outputs=request.constraint(),
+        structured_outputs=constraint,
         seed=request.seed,
         max_tokens=max_tokens,
         min_tokens=request.min_tokens,
@@ -181,8 +192,8 @@ def _sampling_params(
         truncate_prompt_tokens=_prompt_limit(request.truncate_prompt_tokens, info.max_model_len, max_tokens),
         output_kind=output_kind,
     )
-    params.validate()
-    params.validate_token_ids(info.vocab_size)
+    with said_in(names):
+        params.validate().validate_token_ids(info.vocab_size)
     return params
 
 

@@ -39,6 +39,7 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, gc=False):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None  # the token that ended it, when a stop token did
     error: str | None = None  # with FinishReason.ERROR
+    is_error_by_request: bool = False  # what the request asks for cannot be; otherwise the engine failed on it
     logprobs: list[TokenLogprobs] | None = None  # one a token in token_ids
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # whole, once; first entry None
     num_cached_tokens: int | None = None  # with the first delta

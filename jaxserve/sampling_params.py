@@ -73,6 +73,12 @@ class SamplingParams:
         """True where the token is the argmax."""
         return self.temperature < MIN_TEMPERATURE
 
+    @property
+    def ruling_field(self) -> str | None:
+        """The field that most narrows what may be chosen; None where none forbids any token."""
+        ruling = ("structured_outputs", "allowed_token_ids", "bad_words", "min_tokens", "logit_bias")
+        return next((name for name in ruling if getattr(self, name)), None)
+
     def validate(self) -> SamplingParams:
         """Check every field and return self; raises `InvalidRequestError` naming the first wrong one."""
         for name, (low, high) in _INTEGER_RANGES.items():

@@ -99,7 +99,7 @@ class ConstraintFields(RequestModel):
         return asking[0] if asking else None
 
     def constraint(self) -> StructuredOutputsParams | None:
-        """What the answer must look like, checked; raises `InvalidRequestError` that names the request's field."""
+        """What the answer must look like, checked; raises `InvalidRequestError`."""
         name = self.constraint_field
         if name is None:
             return None
@@ -109,11 +109,7 @@ class ConstraintFields(RequestModel):
         else:
             given: dict[str, Any] = {name.removeprefix("guided_"): value}
             constraint = StructuredOutputsParams(**given, whitespace_pattern=self.guided_whitespace_pattern)
-        try:
-            return constraint and constraint.validate()
-        except InvalidRequestError as error:
-            error.param = name
-            raise
+        return constraint and constraint.validate()
 
 
 _FIELDS = ("response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")

@@ -76,9 +76,7 @@ class ReplicasClient:
         self._block_size = info.block_size
         self._metrics = metrics
         self._live: dict[str, _LiveRequest] = {}
-        self._preparer = RequestPreparer(
-            tokenizer, info, seed=config.model.seed, max_queued_requests=config.scheduler.max_queued_requests
-        )
+        self._preparer = RequestPreparer(tokenizer, info, seed=config.model.seed, scheduler=config.scheduler)
 
     async def generate(
         self,

@@ -28,7 +28,7 @@ class InProcessEngine:
             self.tokenizer,
             core.info,
             seed=config.model.seed,
-            max_queued_requests=config.scheduler.max_queued_requests,
+            scheduler=config.scheduler,
         )
         self._core = core
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from jaxserve.engine.preparation import PreparedRequest
 from jaxserve.engine.stop_strings import StopMatcher
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import InvalidRequestError, RequestError, RequestFailedError
 from jaxserve.outputs import CompletionOutput, FinishReason, RequestOutput, TokenDelta, TokenLogprobs
 from jaxserve.sampling_params import OutputKind, SamplingParams
 from jaxserve.tokenizer.detokenizer import IncrementalDetokenizer
@@ -29,7 +29,7 @@ class OutputProcessor:
         self._has_new_prompt_logprobs = False
         self._num_cached_tokens = 0
         self._is_finished_taken = False
-        self.error: RequestFailedError | None = None  # set when the engine failed on one of the sequences
+        self.error: RequestError | None = None  # set when one of the sequences failed
 
     @property
     def is_finished(self) -> bool:
@@ -59,8 +59,14 @@ class OutputProcessor:
         if delta.num_cached_tokens is not None:
             self._num_cached_tokens = max(self._num_cached_tokens, delta.num_cached_tokens)
         if delta.finish_reason is FinishReason.ERROR:
-            self.error = RequestFailedError(delta.error or "the engine failed on this request")
+            self.error = self._error_of(delta)
         return self._sequences[delta.request_id].push(delta)
+
+    def _error_of(self, delta: TokenDelta) -> RequestError:
+        message = delta.error or "the engine failed on this request"
+        if delta.is_error_by_request:
+            return InvalidRequestError(message, param=self._prepared.params.ruling_field, code="no_token_left")
+        return RequestFailedError(message)
 
     def abort(self) -> None:
         """End the sequences that still run, with what they have."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from jaxserve.config import Config, ModelSettings
+from jaxserve.config import Config, ModelSettings, SchedulerSettings
 from jaxserve.engine.client import ModelInfo
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
@@ -43,10 +43,10 @@ MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 class RequestPreparer:
     """Checks and tokenises requests for one model. Safe to call from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, info: CoreInfo, *, seed: int, max_queued_requests: int) -> None:
-        """`max_queued_requests` is the queue's: a request of more sequences would be refused however often it came."""
+    def __init__(self, tokenizer: Tokenizer, info: CoreInfo, *, seed: int, scheduler: SchedulerSettings) -> None:
+        """`seed`: of the seeds that requests get which come without."""
         self._tokenizer = tokenizer
-        self._max_queued_requests = max_queued_requests
+        self._scheduler = scheduler
         self._max_model_len = info.max_model_len
         self._vocab_size = info.vocab_size
         self._eos_token_ids = sorted({*info.eos_token_ids, *tokenizer.eos_token_ids})
@@ -71,16 +71,13 @@ class RequestPreparer:
         """The whole way from a user's request to the engine's; raises `InvalidRequestError`."""
         arrival_time_s = time.monotonic()
         params.validate().validate_token_ids(self._vocab_size)
-        if params.n > self._max_queued_requests:
+        if params.n > self._scheduler.max_queued_requests:
             raise InvalidRequestError(
-                f"n={params.n} asks for more sequences than the queue ever holds, {self._max_queued_requests}; lower "
-                "n, or serve with a larger max_queued_requests",
+                f"n={params.n} asks for more sequences than the queue ever holds, "
+                f"{self._scheduler.max_queued_requests}; lower n, or serve with a larger max_queued_requests",
                 param="n",
             )
-        if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
-            raise InvalidRequestError(
-                f"priority must be an integer from {MIN_PRIORITY} to {MAX_PRIORITY}, got {priority}", param="priority"
-            )
+        self._check_priority(priority)
         token_ids = self._prompt_token_ids(prompt, params, add_special_tokens)
         params = self._complete(params, num_prompt_tokens=len(token_ids))
         # A serial number, so that late tokens of an aborted request cannot reach one that reuses its id.
@@ -105,10 +102,22 @@ class RequestPreparer:
             sequences=sequences,
         )
 
+    def _check_priority(self, priority: int) -> None:
+        if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+            raise InvalidRequestError(
+                f"priority must be an integer from {MIN_PRIORITY} to {MAX_PRIORITY}, got {priority}", param="priority"
+            )
+        if priority != 0 and self._scheduler.scheduling_policy != "priority":
+            raise InvalidRequestError(
+                f"priority is {priority}, but this server takes requests in the order in which they come; leave it "
+                "out, or serve with --scheduling-policy priority",
+                param="priority",
+            )
+
     def _prompt_token_ids(self, prompt: str | list[int], params: SamplingParams, add_special_tokens: bool) -> list[int]:
         if isinstance(prompt, str):
             max_chars = self._max_model_len * MAX_CHARS_PER_TOKEN
-            if len(prompt) > max_chars:
+            if len(prompt) > max_chars and params.truncate_prompt_tokens is None:
                 raise PromptTooLongError(
                     f"the prompt has {len(prompt)} characters, which cannot fit the model's context of "
                     f"{self._max_model_len} tokens; shorten it"

@@ -229,7 +229,7 @@ class ProcessEngineClient:
             self.tokenizer,
             info,
             seed=self._config.model.seed,
-            max_queued_requests=self._config.scheduler.max_queued_requests,
+            scheduler=self._config.scheduler,
         )
 
     def _close_preparer(self) -> None:

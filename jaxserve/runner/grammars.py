@@ -152,7 +152,7 @@ class _WatchedStep:
             for row, message in self._errors.items():
                 result.token_ids[row] = []
                 result.logprobs.pop(row, None)
-                result.errors[row] = RowError(f"structured_outputs: {message}", taints_blocks=False)
+                result.errors[row] = RowError(f"structured_outputs: {message}", taints_blocks=False, is_by_request=True)
             for row, matcher in self._matchers.items():
                 matcher.consume(result.token_ids[row])
         return self._result

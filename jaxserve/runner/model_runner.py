@@ -31,6 +31,7 @@ RULED_OUT = RowError(
     "no token could be chosen: this request's penalties, logit_bias or forbidden tokens (structured_outputs and "
     "min_tokens forbid some, too) leave no finite logit",
     taints_blocks=False,
+    is_by_request=True,
 )
 
 

@@ -56,6 +56,7 @@ class RowError:
 
     message: str
     taints_blocks: bool  # whether what it wrote into its KV blocks is not to be trusted
+    is_by_request: bool = False  # its request asks for what cannot be
 
 
 @dataclass(slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from jaxserve.outputs import FinishReason, TokenDelta, TokenLogprobs
 from jaxserve.request import EngineRequest, Request
+from jaxserve.scheduler.plan import RowError
 
 Rank: TypeAlias = tuple[float, ...]  # who runs first: the lower one; no two requests have the same
 
@@ -99,9 +100,11 @@ class ScheduledRequest(Request):
             delta.prompt_logprobs = self.prompt_logprobs
         self.prompt_logprobs = None
 
-    def final_delta(self, reason: FinishReason, error: str | None = None) -> TokenDelta:
+    def final_delta(self, reason: FinishReason, error: RowError | None = None) -> TokenDelta:
         """The delta of a request that ends without a token."""
-        delta = TokenDelta(self.request_id, finish_reason=reason, error=error, num_preemptions=self.num_preemptions)
+        delta = TokenDelta(self.request_id, finish_reason=reason, num_preemptions=self.num_preemptions)
+        if error is not None:
+            delta.error, delta.is_error_by_request = error.message, error.is_by_request
         if self.owes_first_delta:
             self.complete_first_delta(delta)
         return delta

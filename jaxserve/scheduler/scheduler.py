@@ -281,7 +281,7 @@ class Scheduler:
         if error.taints_blocks:
             self._tables.forget(request)
         if request.finish_reason is None:
-            deltas.append(request.final_delta(FinishReason.ERROR, error.message))
+            deltas.append(request.final_delta(FinishReason.ERROR, error))
             self._finish(request, FinishReason.ERROR)
 
     def _finish(self, request: ScheduledRequest, reason: FinishReason) -> None:

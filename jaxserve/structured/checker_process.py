@@ -33,10 +33,10 @@ def main() -> None:
     for line in lines:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + MAX_CPU_S, hard))
-        matcher = compile_grammar(tokenizer, msgspec.json.decode(line, type=str))
-        if not matcher.is_error():
-            masks.make([(GrammarMatcher(matcher, table.eos_ids), [])])  # some limits are met only here
-        _answer(matcher.get_error() if matcher.is_error() else "")
+        matcher = GrammarMatcher(compile_grammar(tokenizer, msgspec.json.decode(line, type=str)), table.eos_ids)
+        if not matcher.error:
+            masks.make([(matcher, [])])  # some limits are met only here
+        _answer(matcher.error)
 
 
 def _answer(text: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from llguidance import LLMatcher
 
+MAX_ERROR_CHARS = 500
+
 
 class GrammarMatcher:
     """Knows what may come next. What goes wrong (a limit, mostly) is kept in `error`, and nothing is raised.
@@ -23,8 +25,10 @@ class GrammarMatcher:
 
     @property
     def error(self) -> str:
-        """Why nothing can follow; "" where all is well."""
-        return self.inner.get_error() if self.inner.is_error() else ""
+        """Why nothing can follow, on one line; "" where all is well."""
+        if not self.inner.is_error():
+            return ""
+        return " ".join(self.inner.get_error().removesuffix("<non-verbose/>").split())[:MAX_ERROR_CHARS]
 
     def consume(self, token_ids: Sequence[int]) -> None:
         """Go on by some tokens of the sequence."""

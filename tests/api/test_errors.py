@@ -28,13 +28,11 @@ WRONG_BODIES = [
     (b"{", "not valid JSON"),
     (b"[]", "must be a JSON object, got a list"),
     (b'"x"', "must be a JSON object, got a string"),
-    (b'{"prompt": "a", "temperature": NaN}', "not valid JSON"),
-    (b'{"prompt": "a", "temperature": Infinity}', "not valid JSON"),
-    (b'{"prompt": "a", "temperature": 1e999}', "not valid JSON"),
-    (b'{"prompt": "\xff"}', "not valid UTF-8"),
-    (b'{"prompt": "\\ud800"}', "not valid JSON"),
+    (b"NaN", "not valid JSON"),
+    (b'{"prompt": "\xff"}', "not valid UTF-8: invalid start byte, byte 12"),
+    (b'{"prompt": "a"} {"temperature": NaN}', "not valid JSON"),
     (b"[" * 100_000, "nested too deeply"),
-    (b'{"prompt": "a", "n": ' + b"1" * 5000 + b"}", "not valid JSON"),
+    (b'{"temperature": NaN, "prompt": "' + b"a" * 100_000 + b'"}', "not valid JSON"),
 ]
 
 
@@ -45,6 +43,25 @@ def test_a_body_that_is_no_json_object_is_refused(client: TestClient, body: byte
     error = error_of(client.post("/v1/completions", content=body, headers=JSON), 400)
     assert part in error["message"]
     assert error["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        (b'"temperature": NaN', "temperature", "a number that is finite"),
+        (b'"temperature": -Infinity', "temperature", "a number that is finite"),
+        (b'"temperature": 1e999', "temperature", "a number that is finite"),
+        (b'"logit_bias": {"7": 1e999}', "logit_bias.7", "a number that is finite"),
+        (b'"n": ' + b"1" * 5000, "n", "a number that is finite"),
+        (b'"stop": ["a", "\\ud800"]', "stop[1]", "half of a surrogate pair"),
+        (b'"extra": {"\\udfff": NaN}', "extra", "half of a surrogate pair"),
+        (b'"\\udfff": 5', None, "half of a surrogate pair"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_named_by_its_field(client: TestClient, fields: bytes, param, words) -> None:
+    error = error_of(client.post("/v1/completions", content=b'{"prompt": "a", ' + fields + b"}", headers=JSON), 400)
+    assert error["param"] == param
+    assert words in error["message"]
 
 
 WRONG_FIELDS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from typing import Any
 
@@ -82,7 +83,7 @@ WRONG_IN_CHATS: list[tuple[str, list[Any]]] = [
                   [{"role": "user", "content": "word " * 600}], [{"role": "user", "content": "word " * 60_000}]]),
     ("logprobs", [5, "x"]),
     ("top_logprobs", [2]),  # without logprobs
-    ("max_completion_tokens", [-1, 3, "x"]),
+    ("max_completion_tokens", [3, "x"]),  # 3: max_tokens says 2
     ("max_tokens", [512, 10**6]),
     ("tools", [[{"type": "function", "function": {"name": "f"}}]]),
     ("tool_choice", ["required"]),
@@ -218,6 +219,53 @@ def test_rules_that_leave_no_token_are_refused(http, fields):
     check_error(http.post(COMPLETION, json=PROMPT | fields), names="allowed_token_ids", status=400)
 
 
+IMPOSSIBLE: list[tuple[str, dict[str, Any], str]] = [
+    (COMPLETION, {"structured_outputs": {"choice": ["yes", "no"]}, "min_tokens": 4, "max_tokens": 4, "n": 2},
+     "structured_outputs"),
+    (COMPLETION, {"guided_choice": ["yes"], "bad_words": ["yes"]}, "guided_choice"),
+    (COMPLETION, {"guided_regex": "a", "stop_token_ids": [81], "min_tokens": 3, "max_tokens": 4}, "guided_regex"),
+    (CHAT, {"response_format": {"type": "json_object"}, "allowed_token_ids": [28]}, "response_format"),
+    (COMPLETION, {"guided_regex": "(a{1000}){1000}", "max_tokens": 8}, "guided_regex"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("path", "fields", "names"), IMPOSSIBLE, ids=[str(i) for i in range(len(IMPOSSIBLE))])
+def test_rules_that_leave_no_token_on_the_way_are_the_requests_own_error(http, path, fields, names, is_streamed):
+    """No sooner than a token is wanted does anybody know that none is left; a stream may have begun by then."""
+    good = PROMPT if path == COMPLETION else MESSAGES
+    reply = http.post(path, json=good | fields | {"stream": is_streamed})
+    if reply.status_code == 200:
+        assert is_streamed
+        events = [line.removeprefix("data: ") for line in reply.text.splitlines() if line.startswith("data: {")]
+        error = json.loads(events[-1])["error"]
+    else:
+        error = check_error(reply, status=400)
+    assert (error["type"], error["param"]) == ("invalid_request_error", names)
+    assert "<" not in error["message"]
+
+
+NAMED_AS_SENT: list[tuple[dict[str, Any], str]] = [
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    ({"max_completion_tokens": -1}, "max_completion_tokens"),
+    ({"max_completion_tokens": 10**30}, "max_completion_tokens"),
+    ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": 5}}}}, "response_format"),
+    ({"guided_regex": "("}, "guided_regex"),
+    ({"priority": 3}, "priority"),
+]
+
+
+@pytest.mark.parametrize(("fields", "name"), NAMED_AS_SENT, ids=[json.dumps(fields) for fields, _ in NAMED_AS_SENT])
+def test_errors_name_fields_as_the_chat_sent_them(http, fields, name):
+    error = check_error(http.post(CHAT, json={"messages": MESSAGES["messages"]} | fields), status=400)
+    assert error["param"] == name
+    assert name in error["message"]
+    others = {"logprobs", "max_tokens", "structured_outputs"} - {name}
+    assert not others & set(re.findall(r"\w+", error["message"])), error
+
+
 def test_openai_raises_its_own_errors(client):
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-5", **PROMPT)
@@ -232,7 +280,7 @@ def test_openai_raises_its_own_errors(client):
 def test_values_at_their_limits_are_taken(client):
     limits = {
         "temperature": 100.0, "min_p": 1.0, "repetition_penalty": 100.0, "top_k": 2**31 - 1, "min_tokens": 2,
-        "logit_bias": {"0": -100, "49151": 100}, "stop": ["x"] * 64, "stop_token_ids": [0, 49151], "priority": -(2**31),
+        "logit_bias": {"0": -100, "49151": 100}, "stop": ["x"] * 64, "stop_token_ids": [0, 49151],
         "prompt_logprobs": 20,
     }  # fmt: skip
     answer = client.completions.create(

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from jaxserve.engine.output_processor import OutputProcessor
 from jaxserve.engine.preparation import PreparedRequest
-from jaxserve.errors import RequestFailedError
+from jaxserve.errors import InvalidRequestError, RequestFailedError
 from jaxserve.outputs import FinishReason, TokenDelta, TokenLogprobs
 from jaxserve.request import EngineRequest
 from jaxserve.sampling_params import SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 EOS = 256
 TEXT = st.text("ab é漢😀", max_size=25)
@@ -240,6 +241,24 @@ def test_an_error_of_the_engine_is_kept_for_the_caller(tokenizer):
     assert isinstance(processor.error, RequestFailedError)
     assert processor.error.message == "nan"
     assert processor.take().outputs[0].finish_reason is FinishReason.ERROR
+
+
+@pytest.mark.parametrize(
+    ("params", "field"),
+    [
+        ({"structured_outputs": StructuredOutputsParams(regex="a"), "min_tokens": 3}, "structured_outputs"),
+        ({"bad_words": ["a"], "logit_bias": {5: -100.0}}, "bad_words"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({}, None),
+    ],
+)
+def test_what_a_request_made_impossible_is_its_own_error(tokenizer, params, field):
+    processor = processor_of(tokenizer, **params)
+
+    processor.push(TokenDelta("r-0", [], FinishReason.ERROR, error="none is left", is_error_by_request=True))
+
+    assert isinstance(processor.error, InvalidRequestError)
+    assert (processor.error.message, processor.error.param) == ("none is left", field)
 
 
 def test_an_abort_keeps_what_was_generated(tokenizer):

@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
+from jaxserve.config import SchedulerSettings
 from jaxserve.engine.core_facts import CoreInfo
 from jaxserve.engine.preparation import MAX_CHARS_PER_TOKEN, SEED_LIMIT, RequestPreparer
 from jaxserve.errors import InvalidRequestError, PromptTooLongError
@@ -13,13 +14,14 @@ from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
 from jaxserve.tokenizer.tokenizer_files import TokenizerFiles
 
 EOS = 256
+SCHEDULER = SchedulerSettings(max_queued_requests=4)
 CONTEXT = 20
 
 
 @pytest.fixture
 def prepare(tokenizer):
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4)
+    preparer = RequestPreparer(tokenizer, info, seed=0, scheduler=SCHEDULER)
     return lambda prompt="abc", **params: preparer.prepare(prompt, SamplingParams(**params), request_id="r")
 
 
@@ -65,7 +67,7 @@ def test_a_text_with_a_token_that_the_model_does_not_know_is_refused(tokenizer, 
     backend.add_tokens(["<new>"])
     added = backend.token_to_id("<new>")
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=added, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(tokenizer_from_backend(backend), info, seed=0, max_queued_requests=4)
+    preparer = RequestPreparer(tokenizer_from_backend(backend), info, seed=0, scheduler=SCHEDULER)
     prompt = values.pop("prompt", "ab")
 
     wanted = f"^{field} holds the token '<new>', whose id {added} the model does not know: .* 0 to {added - 1}$"
@@ -92,13 +94,13 @@ def test_long_text_is_tokenised_as_short_text_is(tokenizer):
     info = CoreInfo(max_model_len=10_000, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
     text = "abc " * 2000
 
-    prepared = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4).prepare(
+    prepared = RequestPreparer(tokenizer, info, seed=0, scheduler=SCHEDULER).prepare(
         text, SamplingParams(), request_id="r"
     )
 
     assert prepared.prompt_token_ids == tokenizer.encode(text)
     with pytest.raises(InvalidRequestError, match="surrogates"):
-        RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4).prepare(
+        RequestPreparer(tokenizer, info, seed=0, scheduler=SCHEDULER).prepare(
             text + "\ud800", SamplingParams(), request_id="r"
         )
 
@@ -204,9 +206,30 @@ def test_rules_that_leave_a_token_are_taken(prepare, fields):
 @pytest.mark.parametrize("priority", [2**70, -(2**31) - 1])
 def test_a_priority_that_no_message_can_carry_is_refused(tokenizer, priority):
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(tokenizer, info, seed=0, max_queued_requests=4)
+    preparer = RequestPreparer(tokenizer, info, seed=0, scheduler=SCHEDULER)
     with pytest.raises(InvalidRequestError, match="priority must be an integer"):
         preparer.prepare("abc", SamplingParams(), request_id="r", priority=priority)
+
+
+@pytest.mark.parametrize(("policy", "is_taken"), [("priority", True), ("fcfs", False)])
+def test_a_priority_needs_a_server_that_heeds_it(tokenizer, policy, is_taken):
+    info = CoreInfo(max_model_len=CONTEXT, vocab_size=300, num_blocks=9, block_size=4, fingerprint="f")
+    scheduler = SchedulerSettings(scheduling_policy=policy)
+    preparer = RequestPreparer(tokenizer, info, seed=0, scheduler=scheduler)
+    assert preparer.prepare("abc", SamplingParams(), request_id="r", priority=0).sequences[0].priority == 0
+    if is_taken:
+        assert preparer.prepare("abc", SamplingParams(), request_id="r", priority=5).sequences[0].priority == 5
+        return
+    with pytest.raises(InvalidRequestError, match="serve with --scheduling-policy priority") as refused:
+        preparer.prepare("abc", SamplingParams(), request_id="r", priority=5)
+    assert refused.value.param == "priority"
+
+
+def test_a_text_of_any_length_can_be_truncated(prepare, tokenizer):
+    text = "ab" * (CONTEXT * MAX_CHARS_PER_TOKEN)
+    assert prepare(text, truncate_prompt_tokens=3).prompt_token_ids == tokenizer.encode(text)[-3:]
+    with pytest.raises(PromptTooLongError, match="characters"):
+        prepare(text)
 
 
 @pytest.mark.parametrize(("name", "value"), [("repetition_penalty", 1e-38), ("allowed_token_ids", [3.5])])
@@ -228,7 +251,7 @@ def test_a_grammar_needs_a_tokenizer_that_tells_each_token_s_text_and_is_refused
     backend.decoder = decoders.WordPiece(cleanup=False)
     files = TokenizerFiles(name="words", backend=backend, special_tokens={"eos_token": "[EOS]"})
     info = CoreInfo(max_model_len=CONTEXT, vocab_size=4, num_blocks=9, block_size=4, fingerprint="f")
-    preparer = RequestPreparer(Tokenizer(files), info, seed=0, max_queued_requests=4)
+    preparer = RequestPreparer(Tokenizer(files), info, seed=0, scheduler=SCHEDULER)
     params = SamplingParams(structured_outputs=StructuredOutputsParams(choice=["play"]))
     for _ in range(2):
         with pytest.raises(InvalidRequestError, match="a decoder that does not tell") as caught:
