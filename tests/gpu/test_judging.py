@@ -147,6 +147,11 @@ def test_the_shares_are_the_whole_time():
     assert sum(stage.share_s for stage in STAGES.values()) == TOTAL_S
 
 
+def test_the_peer_has_time_to_start_and_to_decode():
+    start_s = 20.0  # with its prompts and CUDA graphs: docs/gpu-check.md
+    assert STAGES["transformers_batching"].share_s >= start_s + FULL.peer_s
+
+
 def run_of(results: Results, sizes: Sizes = FULL) -> report.Run:
     day = "2026-01-01"
     stages = {name: report.StageRun(date=day, seconds=1.0, works=dict(works)) for name, works in results.items()}
