@@ -61,6 +61,12 @@ def cuda_runtime_version() -> int | None:
     return None if versions is None else int(versions.cuda_runtime_get_version())
 
 
+def num_multiprocessors() -> int | None:
+    """Of the GPU that JAX runs on by default: 132 of an H100 SXM, 114 of its PCIe card; None on others; starts JAX."""
+    device = jax.devices()[0]
+    return device.core_count if device.platform == "gpu" else None
+
+
 def device_kind() -> str:
     """The name of the device that JAX runs on by default, such as "NVIDIA H100 80GB HBM3"; starts JAX."""
     return jax.devices()[0].device_kind

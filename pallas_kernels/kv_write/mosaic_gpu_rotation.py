@@ -26,7 +26,10 @@ _TILE = 8  # tokens: each of a block's 128 threads holds a few pairs of each hea
 
 
 def takes(qkv: jax.Array, k_pool: jax.Array) -> bool:
-    """Whether the kernel takes these: one dtype of 16 bits, halves of a head that bulk copies can move."""
+    """Whether the kernel takes these: one dtype of 16 bits, halves of a head that bulk copies can move.
+
+    And a tile of halves must fall evenly to 128 threads: of the head sizes that attention takes, 80 is refused here.
+    """
     half = qkv.shape[3] // 2
     is_narrow = qkv.dtype == k_pool.dtype and qkv.dtype.itemsize == 2
     return is_narrow and half * 2 % COPY_BYTES == 0 and _TILE * half % 128 == 0 and 2 * half <= MAX_BOX

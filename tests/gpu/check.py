@@ -2,7 +2,7 @@
 
 Kernels against their oracle, the engine's tokens, attention and whole steps against what the device can do, throughput
 beside a peer. Each stage runs in a process of its own with a share of the time; what fails or hangs is reported and the
-rest goes on. Exit status 1: something is wrong or failed. Missed marks are reported, and are no failure.
+rest goes on. Exit status 1: something is wrong or failed. Missed speeds are reported, and are no failure.
 """
 
 from __future__ import annotations

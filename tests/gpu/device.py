@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.compat import cuda_runtime_version, device_kind
+from pallas_kernels.compat import cuda_runtime_version, device_kind, num_multiprocessors
 from tests.gpu.sizes import Sizes
 
 _PACKAGES = (
@@ -39,6 +39,7 @@ def _describe(sizes: Sizes) -> dict[str, Any]:
     return {
         "kind": device_kind(),
         "platform": platform,
+        "multiprocessors": num_multiprocessors(),
         "memory_bytes": stats.get("bytes_limit"),  # what JAX's allocator may take
         "cuda_runtime": cuda_runtime_version(),
         "cpu_cores": os.cpu_count(),

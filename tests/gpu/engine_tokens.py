@@ -4,7 +4,8 @@ Paths differ in rounding, so that sooner or later two tokens of nearly the same 
 there on the answers have nothing in common. So answers are compared up to the first difference, which must be such a
 tie: the baseline's own logarithms of the two probabilities, at that place, must lie close by each other.
 
-A model that drafts for itself says the same as without drafts, and nearly all that it guesses is right.
+A model that drafts for itself says the same as without drafts, and nearly all that it guesses is right: how much must
+be, and why not all, says `judging.HELD_SHARE`.
 """
 
 from __future__ import annotations

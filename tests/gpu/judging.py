@@ -21,6 +21,13 @@ LONG_PROMPT = 8192
 STEP_SHARE = 0.8  # of the roofline
 THROUGHPUT_RATIO = 10.0  # to transformers'
 
+# Of the drafts that a model makes for itself: wrong K/V of a draft model show here alone. The tiny model in bfloat16 on
+# a CPU: all held; 65 % with one position missing after each step whose drafts all held, 6 % with another row's K/V, 1 %
+# with none kept from pass to pass. On a GPU, programs of two shapes may round a tie to two tokens, and a draft that
+# does not hold takes those behind it along, two of three on average. Ties at 0.2 and 2.3 % of the tokens, as between
+# two attention paths on an H100 (the tiny and the 8B-shaped model), would leave 99 and 95 %.
+HELD_SHARE = 0.8
+
 _PEER_WORKS = "cudnn/"
 
 
@@ -56,19 +63,20 @@ def lines(results: Results, sizes: Sizes) -> list[Line]:
 
 
 def is_sound(results: Results) -> bool:
-    """Whether all that is ours ran, and gave right values; missed marks are no fault, and peers may be missing."""
+    """Whether all that is ours ran, and gave right values; missed speeds are no fault, and peers may be missing."""
     ours = [
         outcome
         for stage, works in results.items()
         for name, outcome in works.items()
         if not STAGES[stage].is_peer and not name.startswith(_PEER_WORKS)
     ]
-    return all(outcome.error is None and not _is_wrong(outcome) for outcome in ours)
+    return all(outcome.error is None and _is_right(outcome.value) for outcome in ours)
 
 
-def _is_wrong(outcome: Outcome) -> bool:
-    value = outcome.value if isinstance(outcome.value, dict) else {}
-    return value.get("of_allowed", 0.0) > 1.0
+def _is_right(value: Any) -> bool:
+    """Whether errors, where some were measured, are within what is allowed, and so many drafts as must, held."""
+    figures = value if isinstance(value, dict) else {}
+    return figures.get("of_allowed", 0.0) <= 1.0 and figures.get("held", 0) >= HELD_SHARE * figures.get("drafts", 0)
 
 
 def _kind(outcome: Outcome) -> str:
@@ -81,21 +89,19 @@ def _correctness(results: Results, sizes: Sizes) -> list[Line]:
     for name, outcome in results["correctness"].items():
         by_op.setdefault(name.partition("/")[0], []).append(outcome)
     for op, outcomes in by_op.items():
-        values = [outcome.value for outcome in outcomes if outcome.value is not None]
-        refused = sum("refused" in value for value in values)
-        wrong = [outcome.name.partition("/")[2] for outcome in outcomes if _is_wrong(outcome)]
-        failed = len(outcomes) - len(values)
-        said = f"{len(values) - refused - len(wrong)} of {len(outcomes) - refused} cases right"
-        said += f", {refused} not for this kernel" if refused else ""
+        done = [outcome for outcome in outcomes if outcome.value is not None]
+        wrong = [outcome.name.partition("/")[2] for outcome in done if not _is_right(outcome.value)]
+        num_right = len(done) - len(wrong)
+        said = f"{num_right} of {len(outcomes)} cases right"
         said += f"; WRONG: {', '.join(wrong)}" if wrong else ""
-        largest = max((value["max_error"] for value in values if "max_error" in value), default=None)
+        largest = max((outcome.value["max_error"] for outcome in done), default=None)
         table.append(
             Line(
                 check=f"{op} ({sizes.implementation}) against the oracle",
                 measured=said,
                 beside="" if largest is None else f"largest error {largest:.2g}",
                 mark="all right",
-                verdict="missed" if wrong or failed else "met",
+                verdict=_verdict(num_right == len(outcomes)),
             )
         )
     return table
@@ -108,15 +114,16 @@ def _engine_tokens(results: Results, sizes: Sizes) -> list[Line]:
         if value is None:
             continue
         first = value["of_allowed"]
-        held = f"; {value['held']} of {value['drafts']} drafts held" if "drafts" in value else ""
+        does_draft = "drafts" in value
+        held = f"; {value['held']} of {value['drafts']} drafts held" if does_draft else ""
         table.append(
             Line(
                 check=f"greedy tokens, {name} model of {value['layers']} layers",
                 measured=f"{value['equal_requests']} of {value['requests']} requests and {value['equal_tokens']} of "
                 f"{value['tokens']} tokens as with {sizes.baseline}{held}",
                 beside="no difference" if not first else f"worst first difference {first:.2f} of the gap of a tie",
-                mark="differences begin at ties",
-                verdict="met" if first <= 1 else "missed",
+                mark="differences begin at ties" + (f", >= {HELD_SHARE:.0%} of drafts held" if does_draft else ""),
+                verdict=_verdict(_is_right(value)),
             )
         )
     return table

@@ -1,11 +1,14 @@
 """The work list of the GPU decode kernel: every query meets every key that it sees once, within the bucket's sizes."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import (
     MIN_CHUNK,
@@ -180,6 +183,17 @@ def test_a_tile_has_no_more_tokens_than_the_step():
         for num_tokens in (1, 3, 8, 64)
     }
     assert sizes == {1: 1, 3: 3, 8: 8, 64: 8}
+
+
+@pytest.mark.parametrize(("platform", "num_sms"), [("gpu", 114), ("cpu", 132)])
+def test_work_is_split_among_the_multiprocessors_of_the_gpu_at_hand(monkeypatch, platform, num_sms):
+    pcie_card = SimpleNamespace(platform=platform, core_count=114, device_kind="NVIDIA H100 PCIe")
+    monkeypatch.setattr(jax, "devices", lambda: [pcie_card])
+    bucket = {"geometry": geometry_of(), "num_tokens": 8, "num_rows": 8, "blocks_per_seq": 512, "has_prefill": False}
+    shapes = mosaic_gpu.plan_shapes(**bucket)
+    plan = mosaic_gpu.build_plan(np.ones(1, np.int32), np.full(1, 8192), np.zeros((1, 512)), **bucket)
+    assert {part.decode[0].num_sms for part in (shapes, plan)} == {num_sms}
+    assert plan.decode[0].items.shape == shapes.decode[0].items.shape == (8 + 2 * num_sms // 8, 8)
 
 
 @pytest.mark.parametrize("windows", [(None,), (None, 4096)])

@@ -1,10 +1,10 @@
 """Paged attention for few query tokens a row on NVIDIA Hopper (Pallas Mosaic GPU): split over keys, TMA and wgmma.
 
-All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100. From 32 rows of 1024 keys on it reads at 83 to
-99 % of the rate at which the device copies (docs/results/nvidia-h100-80gb-hbm3). Tiles of 2 to 7 tokens, in steps of so
-few, and rows of more than 16 tokens have not run there yet. A run on the CPU checks values with
-plain dots (see product.py). What that cannot show, a device did: wgmma and its layouts, swizzled copies, the order of
-stores and products.
+On an H100 the 48 cases of 2026-11-26 were right, and from 32 rows of 1024 keys on it read at 83 to 99 % of the rate at
+which the device copies (docs/results/nvidia-h100-80gb-hbm3): wgmma and its layouts, swizzled copies, the order of
+stores and products. What came since has run on no GPU (docs/gpu-check.md): the length of the work list in each item,
+tiles of 2 to 7 tokens in steps of so few, rows of more than 16 tokens, and the cases for these. A run on the CPU checks
+their values with plain dots (see product.py).
 """
 
 import dataclasses

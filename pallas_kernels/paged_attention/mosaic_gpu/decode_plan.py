@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.compat import num_multiprocessors
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.mosaic_gpu.product import ROWS
 
 MIN_CHUNK = 128  # keys; a shorter item would cost more in partial results and their merge than it reads
 _ITEMS_PER_SM = 2  # so that the last round, which need not be full, is half of the work at most
-H100_SMS = 132  # and of an H200
+H100_SMS = 132  # of an SXM module; of an H200 and a GH200 too
 
 
 class Item(enum.IntEnum):
@@ -105,14 +106,15 @@ def decode_sizes(
     num_rows: int,
     blocks_per_seq: int,
     has_prefill: bool,
-    num_sms: int = H100_SMS,
+    num_sms: int | None = None,  # by default those of the GPU at hand, and without one, an H100's
 ) -> DecodeSizes:
-    """Sizes of a bucket's plan.
+    """Sizes of a bucket's plan, the same for the same arguments on the same kind of device.
 
     Of n query tiles at most max(budget, n + budget / 2) items are made. So split tiles have at most `budget` items
     together: with s split and u whole tiles, of i and u items, i >= 2 s, and i + u <= budget or i + u <= s + u +
     budget / 2, where i - s >= i / 2.
     """
+    num_sms = num_sms or num_multiprocessors() or H100_SMS
     per_tile = min(ROWS // rows_per_token(geometry.group), num_tokens) if has_prefill else 1
     tiles = min(num_tokens, num_tokens // per_tile + num_rows + 1)  # a partial tile for each row, and for the padding
     budget = max(_ITEMS_PER_SM * num_sms // geometry.kv_heads, 1)

@@ -12,10 +12,11 @@ and any number of query heads a KV head fits without padding (`folded_heads`). T
 at the tensor cores: one multiplies while the other is at its softmax. Memory traffic: q and out once; the K and V of
 a KV head once for each item and group of heads, mostly out of the L2 cache.
 
-All cases of `cases.py` and `tests/gpu/cases.py` are right on an H100, and a prompt of 8192 tokens takes 527 TFLOP/s
-(docs/results/nvidia-h100-80gb-hbm3). Tiles of 64 keys are slower. Not tried there: the registers (232 and 40 spill),
-the kernel without turns (`_take_turn`), `folded_heads` of groups such as 5. ptxas of CUDA 12.8.0 to 12.9.0 miscompiles
-causal masks, so `check_supported` passes them over, as jax's own kernel does.
+On an H100 the 48 cases of 2026-11-26 were right, and a prompt of 8192 tokens took 527 TFLOP/s, tiles of 64 keys longer
+(docs/results/nvidia-h100-80gb-hbm3). The kernel is as it was then; cases that came since have run on no GPU
+(docs/gpu-check.md). Not tried there: the registers (232 and 40 spill), the kernel without turns (`_take_turn`),
+`folded_heads` of groups such as 5. ptxas of CUDA 12.8.0 to 12.9.0 miscompiles causal masks, so `check_supported` passes
+them over, as jax's own kernel does.
 """
 
 import dataclasses
