@@ -27,7 +27,8 @@ from tests.compile_check.targets import Device, Target
 
 # Of each block size: primes, so that no other array has the size of a pool, and pools larger than a batch.
 _NUM_BLOCKS = {16: 8209, 64: 2053, 128: 1031}
-_CONTEXT = 8192  # tokens a sequence may have
+# Tokens a sequence may have. A TPU's: Llama 3.1's whole context, whose block tables for 256 rows are 1 MiB.
+_CONTEXT = {"gpu": 8192, "tpu": 131072}
 
 IMPLEMENTATION: dict[str, Implementation] = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
@@ -182,7 +183,7 @@ def _lower_attention(
         implementation=implementation,
         num_tokens=batch.num_tokens,
         num_rows=batch.num_rows,
-        blocks_per_seq=_CONTEXT // geometry.block_size,
+        blocks_per_seq=_CONTEXT[platform] // geometry.block_size,
         has_prefill=batch.has_prefill,
     )
     q, kv, slots, sinks = (
