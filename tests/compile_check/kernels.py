@@ -176,14 +176,14 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 def _lower_attention(
     implementation: Implementation, geometry: AttentionGeometry, options: Options, batch: Batch, mesh: Mesh
 ) -> Lowered:
-    platform = mesh.devices.flat[0].platform
-    choose_implementation(implementation, geometry, platform=platform)  # NotImplementedError if it refuses
+    device = mesh.devices.flat[0]
+    choose_implementation(implementation, geometry, device=device)  # NotImplementedError if it refuses
     metadata = metadata_shapes(
         geometry=geometry,
         implementation=implementation,
         num_tokens=batch.num_tokens,
         num_rows=batch.num_rows,
-        blocks_per_seq=_CONTEXT[platform] // geometry.block_size,
+        blocks_per_seq=_CONTEXT[device.platform] // geometry.block_size,
         has_prefill=batch.has_prefill,
     )
     q, kv, slots, sinks = (

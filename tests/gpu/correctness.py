@@ -54,9 +54,8 @@ def _compiled(sizes: Sizes, name: str) -> Check:
 
 
 def _attention(case: Case, sizes: Sizes) -> Check:
-    platform = jax.default_backend()
     try:
-        choose_implementation(sizes.implementation, case.geometry, platform=platform)
+        choose_implementation(sizes.implementation, case.geometry, device=jax.devices()[0])
     except NotImplementedError as refusal:
         reason = str(refusal)
         return lambda: {"refused": reason}
