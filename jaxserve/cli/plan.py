@@ -16,7 +16,8 @@ from jaxserve.errors import ConfigError
 def plan(
     launch: Launch,
     devices: Annotated[
-        str, typer.Option("--devices", help="Kind and number: h100:8, h200:1, v5e:4, v6e:8.", show_default=False)
+        str,
+        typer.Option("--devices", help="Kind and number: h100:8, h200:1, a100:1, v5e:4, v6e:8.", show_default=False),
     ],
     batch_sizes: Annotated[
         str | None, typer.Option("--batch-size", help="Requests that decode at once: 1,64. [1, and as many as fit]")

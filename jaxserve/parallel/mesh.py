@@ -60,12 +60,17 @@ def _devices_by_host() -> list[list[Any]]:
     return [[device for device in devices if device.process_index == rank] for rank in ranks]
 
 
-def platform_of(mesh: AnyMesh) -> str:
-    """The platform of a mesh's devices: "cpu", "gpu" or "tpu"; an abstract mesh knows it too."""
+def device_of(mesh: AnyMesh) -> Any:
+    """What a mesh's devices are, which are all of one kind: its first device, or an abstract mesh's abstract one."""
     if isinstance(mesh, AbstractMesh):
         assert mesh.abstract_device is not None
-        return mesh.abstract_device.platform
-    return mesh.devices.flat[0].platform
+        return mesh.abstract_device
+    return mesh.devices.flat[0]
+
+
+def platform_of(mesh: AnyMesh) -> str:
+    """The platform of a mesh's devices: "cpu", "gpu" or "tpu"; an abstract mesh knows it too."""
+    return device_of(mesh).platform
 
 
 def partition_spec(axes: LogicalAxes) -> PartitionSpec:

@@ -25,13 +25,32 @@ class DeviceKind:
     flops_per_s: float  # of dense products of 16-bit floats, accumulated in float32
     link_bytes_per_s: float  # that one device sends to its neighbours in the same server or pod
     num_cores: int
+    compute_capability: str | None = None  # of an NVIDIA GPU
 
 
-# NVIDIA's data sheets of the SXM boards (without sparsity; NVLink 4: 900 GB/s, half of it each way) and Google's
-# pages on Cloud TPU (interconnect a chip: 1,600 and 3,584 Gbit/s).
+@dataclass(frozen=True, slots=True)
+class _PlannedDevice(AbstractDevice):
+    """An abstract device that says what kernels ask of a real one."""
+
+    compute_capability: str | None
+
+
+# NVIDIA's data sheets of the SXM boards (without sparsity; NVLink 3 and 4: 600 and 900 GB/s, half of it each way) and
+# Google's pages on Cloud TPU (interconnect a chip: 1,600 and 3,584 Gbit/s).
 KINDS = {
     kind.name: kind
     for kind in (
+        DeviceKind(
+            name="a100",
+            platform="gpu",
+            full_name="NVIDIA A100-SXM4-80GB",
+            memory_bytes=85_100_068_864,
+            memory_bytes_per_s=2.039e12,
+            flops_per_s=312e12,
+            link_bytes_per_s=300e9,
+            num_cores=108,
+            compute_capability="8.0",
+        ),
         DeviceKind(
             name="h100",
             platform="gpu",
@@ -41,6 +60,7 @@ KINDS = {
             flops_per_s=989e12,
             link_bytes_per_s=450e9,
             num_cores=132,
+            compute_capability="9.0",
         ),
         DeviceKind(
             name="h200",
@@ -51,6 +71,7 @@ KINDS = {
             flops_per_s=989e12,
             link_bytes_per_s=450e9,
             num_cores=132,
+            compute_capability="9.0",
         ),
         DeviceKind(
             name="v5e",
@@ -110,8 +131,11 @@ class Devices:
                 f"tensor_parallel_size {tensor} and data_parallel_size {data} take {tensor * data} devices, "
                 f"but --devices {self} has {self.count}"
             )
-        device = AbstractDevice(
-            device_kind=self.kind.full_name, num_cores=self.kind.num_cores, platform=self.kind.platform
+        device = _PlannedDevice(
+            device_kind=self.kind.full_name,
+            num_cores=self.kind.num_cores,
+            platform=self.kind.platform,
+            compute_capability=self.kind.compute_capability,
         )
         axis_types = (AxisType.Auto, AxisType.Auto)
         return AbstractMesh((data, tensor), (DATA, TENSOR), axis_types=axis_types, abstract_device=device)

@@ -20,7 +20,7 @@ from jaxserve.layers.numerics import Numerics
 from jaxserve.models.base import CausalLM, DecoderConfig, WeightRule
 from jaxserve.models.head import DraftHead
 from jaxserve.models.registry import family as family_of
-from jaxserve.parallel.mesh import TENSOR, AnyMesh, LogicalAxes, platform_of, sharding
+from jaxserve.parallel.mesh import TENSOR, AnyMesh, LogicalAxes, device_of, platform_of, sharding
 from jaxserve.parallel.shards import WHOLE, Shards
 from jaxserve.sampling.vocabulary import BLOCK_TOKENS
 from pallas_kernels.dispatch import Implementation
@@ -139,7 +139,7 @@ def choose_backend(
         sliding_windows=(config.sliding_window,),
     )
     try:
-        chosen, refusals = choose_implementation(asked, geometry, platform=platform_of(mesh))
+        chosen, refusals = choose_implementation(asked, geometry, device=device_of(mesh))
     except NotImplementedError as refusal:
         raise ConfigError(f"attention_backend {asked or 'auto'!r}: {refusal}") from refusal
     for refusal in refusals:

@@ -1,4 +1,4 @@
-"""kv_write for NVIDIA GPUs from Hopper on (Pallas Mosaic GPU): bulk copies by the tensor memory accelerator."""
+"""kv_write for NVIDIA Hopper GPUs (Pallas Mosaic GPU): bulk copies by the tensor memory accelerator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rotate_and_write for NVIDIA GPUs from Hopper on (Pallas Mosaic GPU): one kernel from projections to pools.
+"""rotate_and_write for NVIDIA Hopper GPUs (Pallas Mosaic GPU): one kernel from projections to pools.
 
 Why it is one kernel: compiled for an H100, XLA makes three of the rotation (queries, keys, and a copy of the values,
 since what a hand-written kernel reads must be an array of its own), and kv_write is the fourth; here it is one, or two

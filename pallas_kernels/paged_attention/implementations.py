@@ -6,7 +6,7 @@ from typing import Any, Protocol, get_args
 
 import jax
 
-from pallas_kernels.dispatch import PREFERENCE, Implementation
+from pallas_kernels.dispatch import PREFERENCE, Implementation, check_runs_on
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 
 
@@ -28,24 +28,26 @@ def implementation_of(name: Implementation) -> PagedAttention:
 
 
 def choose_implementation(
-    asked: Implementation | None, geometry: AttentionGeometry, *, platform: str
+    asked: Implementation | None, geometry: AttentionGeometry, *, device: Any
 ) -> tuple[Implementation, list[str]]:
-    """The implementation for a model on "cpu", "gpu" or "tpu", and why better ones were passed over.
+    """The implementation for a model on a device (see `check_runs_on`), and why better ones were passed over.
 
     One that is asked for by name is taken or refused: NotImplementedError with its reason.
     """
-    preferred = PREFERENCE.get(platform, ("xla",))
     if asked is not None:
-        if asked not in preferred:
-            raise NotImplementedError(f"{asked!r} does not run on {platform}; here are {', '.join(preferred)}")
-        implementation_of(asked).check_supported(geometry)
+        _check(asked, geometry, device)
         return asked, []
     refusals = []
-    for name in preferred:
+    for name in PREFERENCE.get(device.platform, ("xla",)):
         try:
-            implementation_of(name).check_supported(geometry)
+            _check(name, geometry, device)
         except NotImplementedError as refusal:
             refusals.append(f"{name}: {refusal}")
         else:
             return name, refusals
     raise NotImplementedError("; ".join(refusals))
+
+
+def _check(name: Implementation, geometry: AttentionGeometry, device: Any) -> None:
+    check_runs_on(name, device)
+    implementation_of(name).check_supported(geometry)

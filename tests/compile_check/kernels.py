@@ -27,7 +27,8 @@ from tests.compile_check.targets import Device, Target
 
 # Of each block size: primes, so that no other array has the size of a pool, and pools larger than a batch.
 _NUM_BLOCKS = {16: 8209, 64: 2053, 128: 1031}
-_CONTEXT = 8192  # tokens a sequence may have
+# Tokens a sequence may have. A TPU's: Llama 3.1's whole context, whose block tables for 256 rows are 1 MiB.
+_CONTEXT = {"gpu": 8192, "tpu": 131072}
 
 IMPLEMENTATION: dict[str, Implementation] = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 
@@ -175,14 +176,14 @@ def _placed(tree: Any, mesh: Mesh) -> Any:
 def _lower_attention(
     implementation: Implementation, geometry: AttentionGeometry, options: Options, batch: Batch, mesh: Mesh
 ) -> Lowered:
-    platform = mesh.devices.flat[0].platform
-    choose_implementation(implementation, geometry, platform=platform)  # NotImplementedError if it refuses
+    device = mesh.devices.flat[0]
+    choose_implementation(implementation, geometry, device=device)  # NotImplementedError if it refuses
     metadata = metadata_shapes(
         geometry=geometry,
         implementation=implementation,
         num_tokens=batch.num_tokens,
         num_rows=batch.num_rows,
-        blocks_per_seq=_CONTEXT // geometry.block_size,
+        blocks_per_seq=_CONTEXT[device.platform] // geometry.block_size,
         has_prefill=batch.has_prefill,
     )
     q, kv, slots, sinks = (

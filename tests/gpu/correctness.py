@@ -57,7 +57,7 @@ def _compiled(sizes: Sizes, name: str) -> Check:
 
 
 def _attention(case: Case, sizes: Sizes) -> Check:
-    choose_implementation(sizes.implementation, case.geometry, platform=jax.default_backend())  # raises if it refuses
+    choose_implementation(sizes.implementation, case.geometry, device=jax.devices()[0])  # raises if it refuses
     inputs = make_inputs(case, implementation=sizes.implementation, unread=np.nan)
     call, operands = attention_call(case, inputs)
     program = call.lower(*operands).compile()

@@ -184,16 +184,44 @@ def test_what_the_kernels_cannot_do_is_refused_by_name(change):
         check_supported(dataclasses.replace(geometry, **change))
 
 
+def gpu_of(compute_capability: str) -> SimpleNamespace:
+    """A device as JAX describes one, here or of a topology."""
+    return SimpleNamespace(platform="gpu", device_kind="the GPU", compute_capability=compute_capability)
+
+
+@pytest.mark.parametrize("compute_capability", ["7.5", "8.0", "8.9", "9.0", "9.1", "10.0", "12.0", "gfx942"])
+def test_a_gpu_without_wgmma_is_served_by_xla_with_the_reason(monkeypatch, compute_capability):
+    monkeypatch.setattr(attention, "cuda_runtime_version", lambda: 13000)
+    geometry = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+    device = gpu_of(compute_capability)
+    if compute_capability.startswith("9."):
+        assert choose_implementation(None, geometry, device=device) == ("mosaic_gpu", [])
+        assert choose_implementation("mosaic_gpu", geometry, device=device) == ("mosaic_gpu", [])
+        return
+    chosen, (reason,) = choose_implementation(None, geometry, device=device)
+    assert chosen == "xla"
+    assert reason.startswith("mosaic_gpu: ") and reason.endswith(f"and the GPU has {compute_capability}")
+    with pytest.raises(NotImplementedError, match=f"Hopper GPUs alone .* the GPU has {compute_capability}"):
+        choose_implementation("mosaic_gpu", geometry, device=device)
+
+
+def test_a_gpu_that_does_not_say_what_it_is_is_served_by_xla():
+    device = jax.sharding.AbstractDevice(device_kind="the GPU", num_cores=1, platform="gpu")
+    geometry = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+    chosen, (reason,) = choose_implementation(None, geometry, device=device)
+    assert chosen == "xla" and reason.endswith("the GPU has an unknown one")
+
+
 @pytest.mark.parametrize(("version", "is_broken"), [(12060, False), (12080, True), (12090, True), (13000, False)])
 def test_a_cuda_that_miscompiles_causal_masks_is_passed_over_with_its_reason(monkeypatch, version, is_broken):
     monkeypatch.setattr(attention, "cuda_runtime_version", lambda: version)
     geometry = AttentionGeometry(q_heads=32, kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
-    chosen, refusals = choose_implementation(None, geometry, platform="gpu")
+    chosen, refusals = choose_implementation(None, geometry, device=gpu_of("9.0"))
     assert chosen == ("xla" if is_broken else "mosaic_gpu")
     assert all("ptxas miscompiles causal masks" in reason for reason in refusals) and bool(refusals) == is_broken
     if is_broken:
         with pytest.raises(NotImplementedError, match=r"CUDA 12\.[89]: .* install jaxserve\[cuda13\]"):
-            choose_implementation("mosaic_gpu", geometry, platform="gpu")
+            choose_implementation("mosaic_gpu", geometry, device=gpu_of("9.0"))
 
 
 _PLUGIN = SimpleNamespace(cuda_runtime_get_version=lambda: 13000)

@@ -180,8 +180,9 @@ def test_a_machine_without_a_compiler_is_served_by_xla_and_says_why(monkeypatch)
         build()
     geometry = AttentionGeometry(q_heads=2, kv_heads=1, head_dim=64, block_size=16, dtype="float32")
     script = (
+        "import jax\n"
         "from pallas_kernels.paged_attention import AttentionGeometry, choose_implementation\n"
-        f"print(choose_implementation(None, {geometry!r}, platform='cpu'))"
+        f"print(choose_implementation(None, {geometry!r}, device=jax.devices()[0]))"
     )
     environment = {**os.environ, "CXX": "no-such-compiler", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
@@ -238,5 +239,5 @@ def test_weights_in_panels_are_on_the_device_without_a_copy(dtype):
 
 def test_heads_that_are_no_whole_number_of_vectors_are_refused():
     geometry = AttentionGeometry(q_heads=2, kv_heads=1, head_dim=40, block_size=16, dtype="float32")
-    chosen, refusals = choose_implementation(None, geometry, platform="cpu")
+    chosen, refusals = choose_implementation(None, geometry, device=jax.devices()[0])
     assert chosen == "xla" and "head_dim must be a multiple of 16, got 40" in refusals[0]

@@ -27,6 +27,7 @@ SERVED = [
     if implementation == "xla" or case.dtype != "float16"
 ]
 BY_NAME = {case.name: case for case in CASES}
+CPU = jax.devices()[0]
 
 
 def attend(case: Case, inputs: Inputs) -> np.ndarray:
@@ -154,19 +155,20 @@ def test_metadata_has_the_shapes_that_were_announced(case, implementation):
 
 def test_a_cpu_is_served_by_its_native_kernels_and_xla_where_they_do_not_fit():
     geometry = BY_NAME["block_edges"].geometry
-    assert choose_implementation(None, geometry, platform="cpu") == ("native_cpu", [])
+    assert choose_implementation(None, geometry, device=CPU) == ("native_cpu", [])
     half = BY_NAME["float16"].geometry
     refusal = "native_cpu: pools are float32 or bfloat16, not float16"
-    assert choose_implementation(None, half, platform="cpu") == ("xla", [refusal])
+    assert choose_implementation(None, half, device=CPU) == ("xla", [refusal])
     with pytest.raises(NotImplementedError, match="not float16"):
-        choose_implementation("native_cpu", half, platform="cpu")
-    assert choose_implementation("xla", geometry, platform="gpu") == ("xla", [])
+        choose_implementation("native_cpu", half, device=CPU)
+    gpu = jax.sharding.AbstractDevice(device_kind="some GPU", num_cores=1, platform="gpu")
+    assert choose_implementation("xla", geometry, device=gpu) == ("xla", [])
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "mosaic_tpu"])
 def test_an_implementation_of_another_device_is_refused_by_name(implementation):
     with pytest.raises(NotImplementedError, match=f"'{implementation}' does not run on cpu"):
-        choose_implementation(implementation, BY_NAME["block_edges"].geometry, platform="cpu")
+        choose_implementation(implementation, BY_NAME["block_edges"].geometry, device=CPU)
 
 
 def test_wrong_arguments_raise_value_error():

@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.numerics import tolerance
 from pallas_kernels.paged_attention import AttentionGeometry
 from pallas_kernels.paged_attention.cases import Case, make_inputs
-from pallas_kernels.paged_attention.mosaic_tpu import check_supported, padded_head_dim, paged_attention, tiles
+from pallas_kernels.paged_attention.mosaic_tpu import check_supported, padded_head_dim, paged_attention, settings, tiles
 from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 # One token; one short of a block, a full block, one more; a full chunk of keys and one more; several tiles of keys.
@@ -74,6 +74,7 @@ SIMULATED = (
         has_prefill=True,
         sliding_window=20,
     ),
+    Case(name="several_tiles_of_keys", rows=((300, 1), (20, 1), (270, 1)), q_heads=2, kv_heads=1),
 )
 
 
@@ -174,13 +175,26 @@ def test_says_what_it_cannot_do(changes, reason):
         check_supported(geometry(**changes))
 
 
-def test_refuses_block_tables_that_fill_the_scalar_memory():
-    case = Case(name="tables", rows=(), head_dim=128)
-    inputs = make_inputs(case, implementation="mosaic_tpu")
-    tables = np.zeros((256, 1024), np.int32)
-    huge = dataclasses.replace(inputs, metadata=dataclasses.replace(inputs.metadata, block_tables=tables))
-    with pytest.raises(NotImplementedError, match="SMEM"):
-        attend(case, huge, True)
+@pytest.mark.parametrize("blocks_per_seq", [1024, 1031])
+def test_block_tables_larger_than_the_scalar_memory_are_read_where_they_lie(blocks_per_seq):
+    """Rows of one block and of two tiles of keys; of 1031 blocks each row begins elsewhere in a copied part."""
+    rows = (((5, 1),) * 9 + ((300, 1),)) * 25 + ((380, 1),)
+    case = Case(name="tables", rows=rows, q_heads=2, kv_heads=1, num_tokens=256, num_rows=256)
+    inputs = make_inputs(case, implementation="mosaic_tpu", unread=np.nan)
+    tables = np.zeros((256, blocks_per_seq), np.int32)
+    tables[: len(rows), : inputs.block_tables.shape[1]] = inputs.block_tables
+    assert tables.nbytes >= 1 << 20
+    wide = dataclasses.replace(inputs, metadata=inputs.metadata.with_tables(tables))
+    np.testing.assert_allclose(attend(case, wide, True), expected(case, inputs), **tolerance(case.dtype))
+
+
+@pytest.mark.parametrize(("kv_tile", "parts"), [(16, 1), (32, 2), (2064, 2), (2080, 3)])
+def test_a_tile_s_blocks_lie_in_so_many_parts_of_the_tables(kv_tile, parts):
+    sizes = tiles.Tiles(query_tile=1, kv_tile=kv_tile, kv_chunk=128)
+    layout = tiles.layout_of(geometry())
+    assert settings.Settings(layout=layout, tiles=sizes, block_size=16, dtype="bfloat16").table_parts == parts
+    ends = [first % 128 + kv_tile // 16 for first in range(128)]
+    assert max(ends) <= 128 * parts and max(ends) > 128 * (parts - 1)
 
 
 def test_refuses_pools_of_another_layout():

@@ -96,7 +96,7 @@ def test_where_nothing_helps_the_refusal_says_so():
         ("h100:0", "from 1 on, such as h100:8, got 'h100:0'"),
         ("h100:-1", "got 'h100:-1'"),
         ("h1000:2", "did you mean h100?"),
-        ("", "kinds: h100, h200, v5e, v6e"),
+        ("", "kinds: a100, h100, h200, v5e, v6e"),
     ],
 )
 def test_devices_that_there_are_not_are_refused(devices: str, message: str):
@@ -117,6 +117,21 @@ def test_a_mesh_that_cannot_be_is_refused(values: dict, devices: str, message: s
     config = config_from_values({"model": "meta-llama/Llama-3.1-8B-Instruct"} | values)
     with pytest.raises(ConfigError, match=re.escape(message)):
         Deployment.of(config, Devices.parse(devices))
+
+
+def test_a_gpu_before_hopper_is_planned_with_the_attention_that_serves_it(caplog):
+    config = config_from_values({"model": "meta-llama/Llama-3.1-8B-Instruct"})
+    chosen = {
+        name: Deployment.of(config, Devices.parse(name)).graph.backend.implementation
+        for name, kind in KINDS.items()
+        if kind.platform == "gpu"
+    }
+    assert chosen == {"a100": "xla", "h100": "mosaic_gpu", "h200": "mosaic_gpu"}
+    (warning,) = caplog.messages
+    assert warning.startswith("attention runs on xla, because mosaic_gpu: ")
+    assert warning.endswith("NVIDIA A100-SXM4-80GB has 8.0")
+    with pytest.raises(ConfigError, match="attention_backend 'mosaic_gpu': mosaic_gpu runs on Hopper GPUs alone"):
+        Deployment.of(config.with_values(attention_backend="mosaic_gpu"), Devices.parse("a100:2"))
 
 
 def test_a_folder_s_config_json_is_enough(tmp_path):

@@ -1,4 +1,4 @@
-"""Paged attention for NVIDIA GPUs from Hopper on (Pallas Mosaic GPU)."""
+"""Paged attention for NVIDIA Hopper GPUs (Pallas Mosaic GPU)."""
 
 from pallas_kernels.paged_attention.mosaic_gpu.attention import (
     build_plan,

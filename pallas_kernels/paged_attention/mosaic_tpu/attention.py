@@ -24,7 +24,6 @@ from pallas_kernels.paged_attention.mosaic_tpu.tiles import (
 )
 
 DTYPES = ("bfloat16", "float32")
-MAX_TABLE_BYTES = 768 << 10  # of 1 MiB of SMEM
 
 
 def check_supported(geometry: AttentionGeometry) -> None:
@@ -82,8 +81,17 @@ def paged_attention(
             sliding_window=sliding_window,
             soft_cap=soft_cap,
         )
-        tables = metadata.block_tables.reshape(-1)
-        out = attend(lane_q, k_pool, v_pool, lane_sinks, tables, work, out, settings=settings, interpret=interpret)
+        out = attend(
+            lane_q,
+            k_pool,
+            v_pool,
+            lane_sinks,
+            metadata.block_tables,
+            work,
+            out,
+            settings=settings,
+            interpret=interpret,
+        )
     return results_from_lanes(out[:num_tokens], layout)
 
 
@@ -95,10 +103,4 @@ def _check(q: jax.Array, k_pool: jax.Array, metadata: AttentionMetadata, geometr
     if q.dtype != geometry.dtype or k_pool.dtype != geometry.dtype:
         raise NotImplementedError(
             f"q {q.dtype} and pools {k_pool.dtype}; the TPU kernel was planned for {geometry.dtype} in both"
-        )
-    table_bytes = 4 * metadata.block_tables.size
-    if table_bytes > MAX_TABLE_BYTES:
-        raise NotImplementedError(
-            f"block tables of {metadata.block_tables.shape} take {table_bytes >> 10} KiB of SMEM, "
-            f"the TPU kernel has {MAX_TABLE_BYTES >> 10}; use larger blocks or fewer rows"
         )

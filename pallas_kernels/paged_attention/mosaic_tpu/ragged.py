@@ -5,10 +5,14 @@ Checked in interpret mode on CPU and compiled for v5e and v6e; no TPU ever ran i
 One program walks the host's work list. An item is a run of tokens of one row; its keys come in tiles of whole blocks,
 copied from the pools while the tile before them is computed, across items too:
 
+    tables   0.0  0.1     | 1.0           | ...
     copies   q0 K0.0 V0.0 | K0.1 V0.1  q1 | K1.0 V1.0 | ...
     compute               | tile 0.0      | tile 0.1  | tile 1.0 | ...
 
-HBM: q and out once; K and V once an item, as far as its tokens see them (a sliding window skips the blocks before it).
+Block tables stay in HBM, however large; where the blocks of a tile lie comes to SMEM one tile ahead of their copies.
+
+HBM: q and out once; K and V once an item, as far as its tokens see them (a sliding window skips the blocks before it);
+of block tables 1 KiB a tile.
 
 Matrix products have the query heads of a group as rows, and its lanes as what they contract over. A group is
 
@@ -37,6 +41,9 @@ from pallas_kernels.paged_attention.mosaic_tpu.plan import WorkList
 from pallas_kernels.paged_attention.mosaic_tpu.settings import Settings, cost, scratch_shapes, vmem_bytes
 
 Ref = Any  # of pallas; its types are private
+LANE_BITS = (
+    LANES.bit_length() - 1
+)  # scalars are shifted: `//` and `%` would look after negative numbers, block by block
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,13 +65,14 @@ class _Kernel:
     """The refs of the running kernel, and the steps that it is made of."""
 
     settings: Settings
-    tables: Ref  # i32[rows * blocks_per_seq] in SMEM
+    tables: Ref  # i32[parts, 1, LANES] in HBM, one row's entries after the other's
     work: WorkList  # of refs in SMEM
     q: Ref  # [tokens, q_rows, unit_lanes] in HBM
     sinks: Ref  # f32[q_rows, LANES] in VMEM
     k_pool: Ref  # [num_blocks, block_size, lanes] in HBM
     v_pool: Ref
     out: Ref  # as q
+    table_buffer: Ref  # i32[2, table_parts, 1, LANES] in SMEM, entries of a tile's blocks
     q_buffer: Ref  # [2, query_tile, q_rows, unit_lanes]; two: one is copied while the other is computed
     k_buffer: Ref  # [2, kv_tile, lanes]
     v_buffer: Ref
@@ -73,7 +81,7 @@ class _Kernel:
     top: Ref  # f32[groups, group_rows, LANES], the highest score so far, in each lane
     total: Ref  # as top, the sum of exp(score - top)
     weighted: Ref  # f32[groups, group_rows, group_lanes], the sum of exp(score - top) * value
-    semaphores: Ref  # [3, 2]: of q, of K and V, of out
+    semaphores: Ref  # [4, 2]: of q, of K and V, of out, of tables
     heads: Ref | None = None  # f32[query_tile, q_rows, unit_lanes], query tiles only: packed rows have no stride
 
     def run(self) -> None:
@@ -83,7 +91,8 @@ class _Kernel:
         @pl.when(num_items > 0)
         def _() -> None:
             self.start_queries(self.item(0), 0)
-            self.start_keys(self.item(0), 0, 0)
+            self.start_table(self.item(0), 0, 0)
+            self.start_tile(0, 0, 0, num_items)
 
         jax.lax.fori_loop(0, num_items, functools.partial(self.compute_item, num_items=num_items), jnp.int32(0))
         for back in (2, 1):
@@ -150,6 +159,34 @@ class _Kernel:
         def _() -> None:
             jax.lax.fori_loop(0, item.len, copy_token, None)
 
+    def start_tile(
+        self, index: jax.Array | int, tile: jax.Array | int, buffer: jax.Array | int, num_items: jax.Array
+    ) -> None:
+        """Keys of a tile whose table is on its way to `buffer`; then the table of the tile after it, to the other."""
+        self._copy_table(0, buffer, "wait")
+        self.start_keys(self.item(index), tile, buffer)
+        next_index, next_tile = self.after(index, tile)
+
+        @pl.when(next_index < num_items)
+        def _() -> None:
+            self.start_table(self.item(next_index), next_tile, 1 - buffer)
+
+    def after(self, index: jax.Array | int, tile: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """Item and tile that are computed after these."""
+        is_last = tile + 1 == self.item(index).num_tiles
+        return jnp.where(is_last, index + 1, index), jnp.where(is_last, 0, tile + 1)
+
+    def start_table(self, item: _Item, tile: jax.Array | int, buffer: jax.Array | int) -> None:
+        self._copy_table(self._first_entry(item, tile) >> LANE_BITS, buffer, "start")
+
+    def _copy_table(self, part: jax.Array | int, buffer: jax.Array | int, action: str) -> None:
+        source = self.tables.at[pl.ds(part, self.settings.table_parts)]
+        copy = pltpu.make_async_copy(source, self.table_buffer.at[buffer], self.semaphores.at[3, buffer])
+        getattr(copy, action)()
+
+    def _first_entry(self, item: _Item, tile: jax.Array | int) -> jax.Array:
+        return item.row * self.settings.blocks_per_seq + item.first_block + tile * self.settings.tile_blocks
+
     def start_keys(self, item: _Item, tile: jax.Array | int, buffer: jax.Array | int) -> None:
         self._copy_blocks(item, tile, buffer, "start")
 
@@ -158,13 +195,16 @@ class _Kernel:
 
     def _copy_blocks(self, item: _Item, tile: jax.Array | int, buffer: jax.Array | int, action: str) -> None:
         block_size = self.settings.block_size
-        tile_blocks = self.settings.tiles.kv_tile // block_size
+        tile_blocks = self.settings.tile_blocks
         first = item.first_block + tile * tile_blocks
         num_blocks = jnp.minimum((item.end + (block_size - 1)) // block_size - first, tile_blocks)
-        entry = item.row * self.settings.blocks_per_seq + first
+        first_entry = self._first_entry(item, tile) & (LANES - 1)
 
         def copy_block(index: jax.Array, carry: None) -> None:
-            block = self.tables[entry + index]
+            entry = first_entry + index
+            block = 0  # a wait counts bytes, whichever block they are of; its table may have been overwritten
+            if action == "start":
+                block = self.table_buffer[buffer, entry >> LANE_BITS, 0, entry & (LANES - 1)]
             rows = pl.ds(pl.multiple_of(index * block_size, block_size), block_size)
             for pool, near in ((self.k_pool, self.k_buffer), (self.v_pool, self.v_buffer)):
                 copy = pltpu.make_async_copy(pool.at[block], near.at[buffer, rows], self.semaphores.at[1, buffer])
@@ -187,13 +227,11 @@ class _Kernel:
         self.set_initial_sums()
 
         def compute_tile(tile: jax.Array, buffer: jax.Array) -> jax.Array:
-            @pl.when(tile + 1 < item.num_tiles)
-            def _() -> None:
-                self.start_keys(item, tile + 1, 1 - buffer)
+            next_index, next_tile = self.after(index, tile)
 
-            @pl.when((tile + 1 == item.num_tiles) & (index + 1 < num_items))
+            @pl.when(next_index < num_items)
             def _() -> None:
-                self.start_keys(self.item(index + 1), 0, 1 - buffer)
+                self.start_tile(next_index, next_tile, 1 - buffer, num_items)
 
             self.wait_keys(item, tile, buffer)
             self.attend_tile(item, tile, buffer)
@@ -351,7 +389,7 @@ def attend(
     k_pool: jax.Array,  # [num_blocks, block_size, lanes]
     v_pool: jax.Array,
     sinks: jax.Array,  # f32[q_rows], MASKED for none
-    tables: jax.Array,  # i32[rows * blocks_per_seq]
+    tables: jax.Array,  # i32[rows, blocks_per_seq]
     work: WorkList,
     out: jax.Array,  # as q
     *,
@@ -359,18 +397,23 @@ def attend(
     interpret: Any = False,
 ) -> jax.Array:
     """`out` with the tokens of the work list replaced by their attention, in place."""
-    scalars, tree = jax.tree.flatten((tables, work))
-    scratch = scratch_shapes(settings)
+    scalars, tree = jax.tree.flatten(work)
+    table_buffer = pltpu.SMEM((2, settings.table_parts, 1, LANES), jnp.int32)
+    scratch = {"table_buffer": table_buffer, **scratch_shapes(settings)}
+    # Copies are of `table_parts` whole parts, also of a tile whose blocks are the last.
+    tables = jnp.pad(tables.reshape(-1), (0, -tables.size % LANES + (settings.table_parts - 1) * LANES))
+    tables = tables.reshape(-1, 1, LANES)
 
     def kernel(*refs: Ref) -> None:
-        tables, work = jax.tree.unflatten(tree, refs[: len(scalars)])
-        q, sinks, k_pool, v_pool, _, out, *buffers, semaphores = refs[len(scalars) :]
+        q, sinks, tables, k_pool, v_pool, _, out, *buffers, semaphores = refs[len(scalars) :]
         io = {"q": q, "sinks": sinks, "k_pool": k_pool, "v_pool": v_pool, "out": out, "semaphores": semaphores}
         buffers = dict(zip(scratch, buffers, strict=True))
+        work = jax.tree.unflatten(tree, refs[: len(scalars)])
         _Kernel(settings=settings, tables=tables, work=work, **io, **buffers).run()
 
-    if not interpret:  # XLA would copy pools smaller than VMEM to it, whole
-        k_pool, v_pool = (pltpu.with_memory_space_constraint(pool, pltpu.HBM) for pool in (k_pool, v_pool))
+    if not interpret:  # XLA would copy pools smaller than VMEM to it, whole, and leave the tables there
+        constrained = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (tables, k_pool, v_pool))
+        tables, k_pool, v_pool = constrained
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     return pl.pallas_call(
         kernel,
@@ -378,13 +421,13 @@ def attend(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(1,),
-            in_specs=[in_hbm, pl.BlockSpec(memory_space=pltpu.VMEM), in_hbm, in_hbm, in_hbm],
+            in_specs=[in_hbm, pl.BlockSpec(memory_space=pltpu.VMEM), in_hbm, in_hbm, in_hbm, in_hbm],
             out_specs=in_hbm,
-            scratch_shapes=[*scratch.values(), pltpu.SemaphoreType.DMA((3, 2))],
+            scratch_shapes=[*scratch.values(), pltpu.SemaphoreType.DMA((4, 2))],
         ),
-        input_output_aliases={len(scalars) + 4: 0},
+        input_output_aliases={len(scalars) + 5: 0},
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=vmem_bytes(settings)),
         cost_estimate=cost(settings, num_items=work.rows.shape[0], num_tokens=q.shape[0]),
         name="paged_decode" if settings.is_decode else "paged_prefill",
         interpret=interpret,
-    )(*scalars, q, jnp.broadcast_to(sinks[:, None], (len(sinks), LANES)), k_pool, v_pool, out)
+    )(*scalars, q, jnp.broadcast_to(sinks[:, None], (len(sinks), LANES)), tables, k_pool, v_pool, out)

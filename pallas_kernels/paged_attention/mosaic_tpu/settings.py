@@ -31,6 +31,16 @@ class Settings:
         return self.tiles.query_tile == 1
 
     @property
+    def tile_blocks(self) -> int:
+        """Blocks of a tile of keys."""
+        return self.tiles.kv_tile // self.block_size
+
+    @property
+    def table_parts(self) -> int:
+        """Parts of the block tables, of LANES entries, that hold a tile's blocks, wherever the first of them is."""
+        return -(-(self.tile_blocks - 1) // LANES) + 1
+
+    @property
     def groups(self) -> int:
         """Matrix products that the heads are split into."""
         return 1 if self.is_decode else self.layout.units
@@ -55,7 +65,7 @@ class Settings:
 
 
 def scratch_shapes(settings: Settings) -> dict[str, Any]:
-    """The kernel's scratch by name, as its `_Kernel` describes it."""
+    """The kernel's scratch in VMEM by name, as its `_Kernel` describes it."""
     layout, tiles, dtype = settings.layout, settings.tiles, jnp.dtype(settings.dtype)
     tokens = (tiles.query_tile, layout.q_rows, layout.unit_lanes)
     keys = (2, tiles.kv_tile, layout.lanes)
