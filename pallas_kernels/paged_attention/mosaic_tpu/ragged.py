@@ -41,9 +41,7 @@ from pallas_kernels.paged_attention.mosaic_tpu.plan import WorkList
 from pallas_kernels.paged_attention.mosaic_tpu.settings import Settings, cost, scratch_shapes, vmem_bytes
 
 Ref = Any  # of pallas; its types are private
-LANE_BITS = (
-    LANES.bit_length() - 1
-)  # scalars are shifted: `//` and `%` would look after negative numbers, block by block
+LANE_BITS = LANES.bit_length() - 1  # entries are found by shifts: `//` and `%` would look after negative numbers
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
