@@ -163,6 +163,15 @@ def test_bench_serve_refuses_what_it_cannot_run(run, arguments, message):
     assert (code, err.removeprefix("jaxserve: error: ").startswith(message)) == (2, True), err
 
 
+@pytest.mark.parametrize("command", ["throughput", "latency", "serve", "speculative", "step"])
+@pytest.mark.parametrize(("name", "reason"), [("no/x.json", "there is no folder"), (".", "it is a folder")])
+def test_a_benchmark_whose_result_cannot_be_written_does_not_start(run, tmp_path, command, name, reason):
+    model = [] if command == "step" else [str(tmp_path / "no-model")]
+    code, _, err = run("bench", command, *model, "--json", str(tmp_path / name))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"jaxserve: error: cannot write --json {str(tmp_path / name)!r}: {reason}")
+
+
 def test_collect_env_names_versions_and_devices(run):
     code, out, _ = run("collect-env", "--json")
     facts = json.loads(out)
