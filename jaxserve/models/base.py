@@ -111,6 +111,12 @@ class DecoderConfig:
                 f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
                 f"num_key_value_heads ({num_kv_heads})"
             )
+        if quantization := values.within("quantization_config").given().values:
+            method = quantization.get("quant_method", "<no quant_method>")
+            raise CheckpointError(
+                f"config.json: quantization_config: safetensors quantised by {method!r:.80} are not supported; give "
+                "the model without quantisation, or as a GGUF file"
+            )
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")

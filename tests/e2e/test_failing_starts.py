@@ -85,6 +85,7 @@ def test_a_config_that_does_not_fit_the_weights(checkpoint):
     ("change", "message"),
     [
         ({"num_hidden_layers": 1_000_000}, "config.json: 'num_hidden_layers' must be at most 2048, got 1000000"),
+        ({"quantization_config": {"quant_method": "awq"}}, "safetensors quantised by 'awq' are not supported"),
     ],
 )
 def test_a_config_of_no_model_that_can_be_served(checkpoint, change, message):

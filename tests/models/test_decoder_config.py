@@ -78,6 +78,13 @@ def test_a_window_that_is_switched_off_is_not_read() -> None:
         ({"max_position_embeddings": 1}, "'max_position_embeddings' must be at least 2, .*, got 1"),
         ({"head_dim": 15}, r"head_dim \(15\) must be even"),
         ({"head_dim": None, "num_attention_heads": 128}, r"head_dim \(1\) must be even"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "quantization_config: safetensors quantised by 'awq' are not supported; give the model without "
+            "quantisation, or as a GGUF file",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: safetensors quantised by '<no quant_method>' are"),
+        ({"quantization_config": "awq"}, "'quantization_config' must be a JSON object, got 'awq'"),
         ({"rope_parameters": [1]}, r"'rope_parameters' must be a JSON object, got \[1\]"),
         ({"rope_scaling": {"rope_type": ["a"]}}, r"'rope_type' must be text, got \['a'\]"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "'factor' must be a positive number, got 'x'"),
