@@ -35,6 +35,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
+_FORMATS = {"folder": "safetensors", "gguf": "gguf"}  # by the kind of the source
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -64,6 +65,11 @@ class ModelFiles:
 def open_model(config: ModelSettings) -> ModelFiles:
     """Find and open what `model` names; `dtype: auto` is what the checkpoint says, bfloat16 for GGUF."""
     source = resolve_source(config.model, revision=config.revision, tokenizer_only=config.load_format == "dummy")
+    if config.load_format not in ("auto", "dummy", _FORMATS[source.kind]):
+        raise ConfigError(
+            f"load_format is {config.load_format!r}, but model {config.model!r} is {_FORMATS[source.kind]}; leave "
+            "load_format out, or give a .gguf file for 'gguf' and a folder or hub id for 'safetensors'"
+        )
     checkpoint, generation_config = None, {}
     if config.load_format == "dummy" and source.kind == "folder":
         hf_config = read_json(source.path / "config.json")

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxserve.config import ModelSettings
-from jaxserve.errors import CheckpointError
+from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.llama import Llama
 from jaxserve.runner.loading import open_model
 from tests.checkpoints import TINY, save_random_llama
@@ -68,6 +69,23 @@ def test_an_end_of_sequence_that_is_no_token_is_refused(checkpoint, tmp_path, na
         (tmp_path / "generation_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"eos_token_id' must be an integer from 0|320 is no token of the model"):
         open_with(tmp_path)
+
+
+def test_a_quantised_checkpoint_is_refused_even_where_its_tensors_are_plain(checkpoint):
+    with pytest.raises(CheckpointError, match="safetensors quantised by 'awq' are not supported"):
+        open_with(checkpoint, quantization_config={"quant_method": "awq"})
+    open_with(checkpoint, quantization_config=None)
+
+
+def test_a_load_format_that_the_files_are_not_in_is_refused(checkpoint, tmp_path):
+    (tmp_path / "folder.gguf").symlink_to(checkpoint)
+    with pytest.raises(ConfigError, match=r"load_format is 'gguf', but model .*folder\.gguf' is safetensors; leave"):
+        open_model(ModelSettings(model=str(tmp_path / "folder.gguf"), load_format="gguf"))
+
+    path = gguf_writing.write(tmp_path / "m.gguf", gguf_writing.tensors())
+    with pytest.raises(ConfigError, match=r"load_format is 'safetensors', but model .*m\.gguf' is gguf; leave"):
+        open_model(ModelSettings(model=str(path), load_format="safetensors"))
+    assert open_model(ModelSettings(model=str(path), load_format="gguf", dtype="float32")).dtype == np.float32
 
 
 def test_a_gguf_file_whose_metadata_do_not_fit_its_tensors_is_refused(tmp_path):
