@@ -9,6 +9,7 @@ import yaml
 
 from jaxserve.cli.main import main
 from jaxserve.config import FIELDS, load_config
+from jaxserve.errors import PromptTooLongError
 
 
 @pytest.fixture
@@ -170,6 +171,15 @@ def test_a_benchmark_whose_result_cannot_be_written_does_not_start(run, tmp_path
     code, _, err = run("bench", command, *model, "--json", str(tmp_path / name))
     assert (code, err.count("\n")) == (2, 1), err
     assert err.startswith(f"jaxserve: error: cannot write --json {str(tmp_path / name)!r}: {reason}")
+
+
+def test_a_prompt_beyond_the_context_is_a_mistake_of_the_command_line(run, monkeypatch):
+    def measure(*_, **__):
+        raise PromptTooLongError("the prompt has 70 tokens; the model's context takes 64")
+
+    monkeypatch.setattr("jaxserve.bench.speculative.measure_speculative", measure)
+    code, _, err = run("bench", "speculative", "m")
+    assert (code, err) == (2, "jaxserve: error: the prompt has 70 tokens; the model's context takes 64\n")
 
 
 def test_collect_env_names_versions_and_devices(run):
