@@ -38,7 +38,7 @@ class ModelSettings(Settings):
         default="auto", description="How weights are read; dummy makes random ones, for benchmarks."
     )
     max_model_len: Count | None = Field(
-        default=None, description="Tokens of prompt and answer, such as 8192, 8k or 8K. [the model's context]"
+        default=None, ge=2, description="Tokens of prompt and answer, as 8192, 8k or 8K. [the model's context]"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of dummy weights and of requests without their own.")
     chat_template: str | None = Field(
@@ -254,8 +254,10 @@ def config_from_values(values: Mapping[str, Any], places: Mapping[str, str] | No
 
 
 def _check_model(model: ModelSettings) -> None:
-    if model.load_format == "safetensors" and model.model.endswith(".gguf"):
-        raise ConfigError(f"load_format is 'safetensors', but model {model.model!r} is a GGUF file")
+    is_gguf = model.model.endswith(".gguf")
+    if model.load_format == ("safetensors" if is_gguf else "gguf"):
+        kind = "a GGUF file" if is_gguf else "no .gguf file"
+        raise ConfigError(f"load_format is {model.load_format!r}, but model {model.model!r} is {kind}; leave it out")
     names = model.served_model_name
     if len(set(names)) != len(names) or not all(names):
         raise ConfigError(f"served_model_name must hold different, non-empty names, got {list(names)}")

@@ -12,7 +12,7 @@ import httpx
 
 from jaxserve.bench.statistics import RequestTimes
 from jaxserve.bench.workload import BenchRequest
-from jaxserve.errors import JaxserveError
+from jaxserve.errors import ConfigError, JaxserveError
 
 _DATA = "data: "
 _DONE = "[DONE]"
@@ -105,5 +105,7 @@ def _take_line(line: str, times: RequestTimes) -> None:
 
 
 def _check(status: int, text: str) -> None:
+    if status == httpx.codes.BAD_REQUEST:  # what is asked for is the command line's
+        raise ConfigError(f"the server refuses these requests (HTTP {status}): {text[:500]}")
     if status != httpx.codes.OK:
         raise JaxserveError(f"the server answered with HTTP {status}: {text[:500]}")

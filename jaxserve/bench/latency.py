@@ -24,6 +24,7 @@ def measure_latency(
     """Run `num_iters` batches of each size, prompts always new, and report their latencies."""
     results = []
     with OfflineEngine(config_for(config, max(batch_sizes)), in_process=in_process, on_progress=on_progress) as engine:
+        workload.check_fits(engine.max_model_len)
         for batch_size in batch_sizes:
             times: list[RequestTimes] = []
             total_s = 0.0

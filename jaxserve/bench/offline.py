@@ -94,6 +94,7 @@ class OfflineEngine:
         self._stop: Callable[[], None]
         self.run: Run
         self.vocab_size: int
+        self.max_model_len: int
 
     def __enter__(self) -> OfflineEngine:
         if self._in_process:
@@ -110,7 +111,7 @@ class OfflineEngine:
 
         core = EngineCore(self._config, on_progress=self._on_progress)
         self.run = lambda requests: run_in_core(core, requests)
-        self.vocab_size = core.info.vocab_size
+        self.vocab_size, self.max_model_len = core.info.vocab_size, core.info.max_model_len
         self._stop = core.shutdown
 
     def _start_process(self) -> None:
@@ -125,7 +126,7 @@ class OfflineEngine:
 
         client = runner.run(start())
         self.run = lambda requests: runner.run(run_in_client(client, requests))
-        self.vocab_size = client.model_info.vocab_size
+        self.vocab_size, self.max_model_len = client.model_info.vocab_size, client.model_info.max_model_len
 
         def stop() -> None:
             runner.run(client.shutdown())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,17 @@ class Report:
         self.print_table(labels)
         if json_path is not None:
             self.write_json(json_path)
+
+
+def check_json_path(path: str) -> None:
+    """Raise `ConfigError` unless a report can be written there, before anything is measured."""
+    file = Path(path)
+    if file.is_dir():
+        raise ConfigError(f"cannot write --json {path!r}: it is a folder; give a file")
+    if not file.parent.is_dir():
+        raise ConfigError(f"cannot write --json {path!r}: there is no folder {str(file.parent)!r}; make it first")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ConfigError(f"cannot write --json {path!r}: permission denied; give a file that may be written")
 
 
 def _percentiles(result: Mapping[str, Any], key: str) -> str:

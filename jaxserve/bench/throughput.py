@@ -18,6 +18,7 @@ def measure_throughput(
     with OfflineEngine(
         config_for(config, workload.num_prompts), in_process=in_process, on_progress=on_progress
     ) as engine:
+        workload.check_fits(engine.max_model_len)
         times, duration_s = engine.run(workload.requests(engine.vocab_size))
     return Report(
         benchmark="offline throughput",

@@ -67,6 +67,14 @@ class Workload:
         """Tokens of the longest request that may be drawn, prompt and answer."""
         return self.input_len.high + self.output_len.high
 
+    def check_fits(self, max_model_len: int) -> None:
+        """Raise `ConfigError` where a request may not fit the model's context: it would be refused, or cut short."""
+        if self.longest > max_model_len:
+            raise ConfigError(
+                f"--input-len ({self.input_len}) and --output-len ({self.output_len}) come to {self.longest} tokens, "
+                f"the model's context is {max_model_len}; shorten them, or raise --max-model-len"
+            )
+
     def requests(self, vocab_size: int) -> list[BenchRequest]:
         """Draw the requests; ids are below `vocab_size`."""
         generator = random.Random(self.seed)

@@ -20,7 +20,20 @@ OutputLen = Annotated[str, typer.Option("--output-len", help="Tokens to generate
 SharedPrefixLen = Annotated[
     int, typer.Option("--shared-prefix-len", min=0, help="First tokens of the prompt that all requests share.")
 ]
-Json = Annotated[str | None, typer.Option("--json", help="Write the result to this file.", metavar="FILE")]
+
+
+def _writable(path: str | None) -> str | None:
+    if path is not None:
+        from jaxserve.bench.report import check_json_path
+
+        check_json_path(path)
+    return path
+
+
+Json = Annotated[
+    str | None,
+    typer.Option("--json", help="Write the result to this file.", metavar="FILE", callback=_writable),
+]
 EngineProcess = Annotated[
     bool, typer.Option("--engine-process", help="Run the engine in a process of its own, as the server does.")
 ]

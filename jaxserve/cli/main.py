@@ -8,7 +8,7 @@ import typer
 
 from jaxserve.cli import bench, chat, deploy, environment, plan, serve, show_config
 from jaxserve.cli.flags import ConfigCommand, takes_config
-from jaxserve.errors import CheckpointError, ConfigError, JaxserveError, TokenizerError
+from jaxserve.errors import CheckpointError, ConfigError, JaxserveError, PromptTooLongError, TokenizerError
 
 EXIT_USER_ERROR = 2  # as for a wrong flag
 EXIT_FAILED = 1
@@ -37,7 +37,7 @@ def main() -> None:
     """Run the command line; a `JaxserveError` becomes one line on stderr."""
     try:
         app()
-    except (ConfigError, CheckpointError, TokenizerError) as error:
+    except (ConfigError, CheckpointError, TokenizerError, PromptTooLongError) as error:
         _end(error, EXIT_USER_ERROR)
     except JaxserveError as error:
         _end(error, EXIT_FAILED)

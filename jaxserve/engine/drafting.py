@@ -163,8 +163,6 @@ def _proposer(speculative: SpeculativeConfig) -> Proposer:
 
 
 def _check_fits(name: str, draft: ModelFiles, target: ModelFiles, max_model_len: int) -> None:
-    if "draft_vocab_size" in draft.hf_config:
-        raise ConfigError(f"draft model {name!r} is a draft head (draft_vocab_size); give the method 'eagle3' with it")
     if draft.decoder.vocab_size != target.decoder.vocab_size:
         raise ConfigError(
             f"draft model {name!r} has a vocabulary of {draft.decoder.vocab_size} tokens, the model has "

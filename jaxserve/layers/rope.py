@@ -115,7 +115,7 @@ def _yarn_attention_factor(scaling: CheckpointValues, factor: float) -> float:
 
     if "attention_factor" in scaling.values:
         return scaling.number("attention_factor")
-    if scaling.values.get("mscale") and scaling.values.get("mscale_all_dim"):  # 0 is as good as none
+    if scaling.values.get("mscale", 0) != 0 and scaling.values.get("mscale_all_dim", 0) != 0:  # 0 is as good as none
         return scale(scaling.number("mscale")) / scale(scaling.number("mscale_all_dim"))
     return scale(1.0)
 

@@ -101,15 +101,28 @@ class DecoderConfig:
         num_q_heads = values.positive_integer("num_attention_heads")
         hidden_size = values.positive_integer("hidden_size")
         num_kv_heads = given.positive_integer("num_key_value_heads", default=num_q_heads)
-        head_dim = given.positive_integer("head_dim", default=hidden_size // num_q_heads)
+        head_dim = given.positive_integer("head_dim", default=max(1, hidden_size // num_q_heads))
+        if head_dim % 2:
+            raise CheckpointError(
+                f"config.json: head_dim ({head_dim}) must be even: positions rotate pairs of channels"
+            )
         if num_q_heads % num_kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({num_q_heads}) is no multiple of "
                 f"num_key_value_heads ({num_kv_heads})"
             )
+        if quantization := values.within("quantization_config").given().values:
+            method = quantization.get("quant_method", "<no quant_method>")
+            raise CheckpointError(
+                f"config.json: quantization_config: safetensors quantised by {method!r:.80} are not supported; give "
+                "the model without quantisation, or as a GGUF file"
+            )
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
             raise CheckpointError(f"config.json: hidden_act {activation!r} is not supported, only 'silu'")
+        max_positions = values.positive_integer("max_position_embeddings", default=2048)
+        if max_positions < 2:
+            raise values.wrong("max_position_embeddings", "at least 2, for a token of prompt and one of answer")
         architecture = next(iter(values.texts("architectures")), "<none>")
         attention_bias = values.flag("attention_bias")
         has_window = values.flag("use_sliding_window", default=True) and "sliding_window" in given.values
@@ -124,7 +137,7 @@ class DecoderConfig:
             head_dim=head_dim,
             norm_epsilon=values.number("rms_norm_eps", default=1e-6),
             rope=RopeConfig.from_hf(config, head_dim),
-            max_position_embeddings=values.positive_integer("max_position_embeddings", default=2048),
+            max_position_embeddings=max_positions,
             tie_embeddings=values.flag("tie_word_embeddings"),
             attention_bias=attention_bias or architecture in _QKV_BIAS_ALONE,
             attention_out_bias=attention_bias and architecture not in _QKV_BIAS_ALONE,

@@ -16,12 +16,13 @@ from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.config import ModelSettings
 from jaxserve.errors import CheckpointError, ConfigError, InvalidRequestError
 from jaxserve.models.base import DecoderConfig, WeightRule
+from jaxserve.models.registry import family
 from jaxserve.parallel.mesh import sharding, to_devices
 from jaxserve.runner.model_graph import ModelGraph, Params
 from jaxserve.sampling_params import SamplingParams
 from jaxserve.weights.checkpoint import Checkpoint, open_checkpoint
 from jaxserve.weights.dummy import DummyCheckpoint
-from jaxserve.weights.mapping import load_params
+from jaxserve.weights.mapping import check_fits, load_params
 from jaxserve.weights.safetensors_files import read_json
 from jaxserve.weights.source import resolve_source
 
@@ -34,6 +35,7 @@ _DTYPES: dict[str, np.dtype] = {
 }
 
 
+_FORMATS = {"folder": "safetensors", "gguf": "gguf"}  # by the kind of the source
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -63,6 +65,11 @@ class ModelFiles:
 def open_model(config: ModelSettings) -> ModelFiles:
     """Find and open what `model` names; `dtype: auto` is what the checkpoint says, bfloat16 for GGUF."""
     source = resolve_source(config.model, revision=config.revision, tokenizer_only=config.load_format == "dummy")
+    if config.load_format not in ("auto", "dummy", _FORMATS[source.kind]):
+        raise ConfigError(
+            f"load_format is {config.load_format!r}, but model {config.model!r} is {_FORMATS[source.kind]}; leave "
+            "load_format out, or give a .gguf file for 'gguf' and a folder or hub id for 'safetensors'"
+        )
     checkpoint, generation_config = None, {}
     if config.load_format == "dummy" and source.kind == "folder":
         hf_config = read_json(source.path / "config.json")
@@ -73,11 +80,20 @@ def open_model(config: ModelSettings) -> ModelFiles:
         checkpoint = None if config.load_format == "dummy" else opened
         generation_config = opened.generation_config()
     files = describe_model(config, hf_config, platform=jax.default_backend())
+    if checkpoint is not None:
+        _check_tensors(checkpoint, files.decoder)
     generation = CheckpointValues(generation_config, "generation_config.json")
+    named_eos_ids = generation.integers("eos_token_id") or files.eos_token_ids
+    eos_token_ids = [token_id for token_id in named_eos_ids if token_id < files.decoder.vocab_size]
+    if len(eos_token_ids) < len(named_eos_ids):
+        logger.warning(
+            "%s: eos_token_id %s is not all in the vocabulary of %d; what is beyond is left out",
+            *(source.path, named_eos_ids, files.decoder.vocab_size),
+        )
     return replace(
         files,
         checkpoint=checkpoint,
-        eos_token_ids=generation.integers("eos_token_id") or files.eos_token_ids,
+        eos_token_ids=eos_token_ids,
         default_sampling=_recommended_sampling(generation) if config.generation_config == "auto" else {},
     )
 
@@ -85,6 +101,11 @@ def open_model(config: ModelSettings) -> ModelFiles:
 def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform: str) -> ModelFiles:
     """A model by its config.json alone, `config`'s overrides applied, as it would run on a platform."""
     hf_config = _merge(hf_config, config.hf_overrides)
+    if "draft_vocab_size" in hf_config:
+        raise ConfigError(
+            f"model {config.model!r} is a draft head (draft_vocab_size); give the method 'eagle3' with it in "
+            "speculative_config, beside the model that it was made for"
+        )
     return ModelFiles(
         checkpoint=None,
         hf_config=hf_config,
@@ -93,6 +114,17 @@ def describe_model(config: ModelSettings, hf_config: dict[str, Any], *, platform
         eos_token_ids=CheckpointValues(hf_config).integers("eos_token_id"),
         default_sampling={},
         seed=config.seed,
+    )
+
+
+def _check_tensors(checkpoint: Checkpoint, decoder: DecoderConfig) -> None:
+    """Hold a config against the tensors before anything is built by it: a wrong number costs no time and no memory."""
+    model = family(decoder.architecture)
+    check_fits(
+        checkpoint,
+        model.weight_rules(decoder),
+        ignored=model.unused_tensors,
+        tie_embeddings=decoder.tie_embeddings,
     )
 
 

@@ -103,7 +103,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise TokenizerError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds a {type(value).__name__}, not a JSON object")

@@ -7,10 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxserve.checkpoint_values import LARGEST, CheckpointValues
 from jaxserve.errors import CheckpointError
 from jaxserve.weights.gguf_header import GGUFHeader
 from jaxserve.weights.gguf_names import ARCHITECTURES
 
+_ORIGINAL = "original_max_position_embeddings"
+_ORIGINAL_CONTEXT = "rope.scaling.original_context_length"
+_WINDOW = "attention.sliding_window"
 _TOKEN_IDS = {"bos_token_id": "bos_token_id", "padding_token_id": "pad_token_id"}
 _EOS_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -21,21 +25,23 @@ def hf_config_from_gguf(header: GGUFHeader, rope_factors: np.ndarray | None) -> 
     `rope_factors`, f32[head_dim / 2], is the file's `rope_freqs.weight`: what each rotary frequency is divided by.
     """
     reader = _Metadata(header)
-    heads, hidden = reader.integer("attention.head_count"), reader.integer("embedding_length")
-    head_dim = reader.integer("attention.key_length", reader.integer("rope.dimension_count", hidden // heads))
-    theta = float(reader.get("rope.freq_base", 10000.0))
+    heads = reader.size("num_attention_heads", "attention.head_count")
+    hidden = reader.size("hidden_size", "embedding_length")
+    rotated = reader.size("head_dim", "rope.dimension_count", default=max(1, hidden // heads))
+    head_dim = reader.size("head_dim", "attention.key_length", default=rotated)
+    theta = reader.number("rope.freq_base", default=10000.0, above=1)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[reader.architecture]],
         "model_type": reader.architecture,
         "vocab_size": header.tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
-        "intermediate_size": reader.integer("feed_forward_length"),
-        "num_hidden_layers": reader.integer("block_count"),
+        "intermediate_size": reader.size("intermediate_size", "feed_forward_length"),
+        "num_hidden_layers": reader.size("num_hidden_layers", "block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": reader.integer("attention.head_count_kv", heads),
+        "num_key_value_heads": reader.size("num_key_value_heads", "attention.head_count_kv", default=heads),
         "head_dim": head_dim,
-        "max_position_embeddings": reader.integer("context_length"),
-        "rms_norm_eps": _short(reader.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        "max_position_embeddings": reader.size("max_position_embeddings", "context_length"),
+        "rms_norm_eps": _short(reader.number("attention.layer_norm_rms_epsilon", default=1e-6)),
         "rope_theta": theta,
         "rope_scaling": _rope_scaling(reader, rope_factors, theta, head_dim),
         "hidden_act": "silu",
@@ -43,71 +49,81 @@ def hf_config_from_gguf(header: GGUFHeader, rope_factors: np.ndarray | None) -> 
         "attention_bias": "blk.0.attn_q.bias" in header.tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in header.tensors,
     }
-    window = reader.get("attention.sliding_window", None)
-    if window is not None:
-        config["sliding_window"] = int(window)
+    if reader.has(_WINDOW):
+        config["sliding_window"] = reader.size("sliding_window", _WINDOW)
     return config | token_ids_from_gguf(header)
 
 
 def token_ids_from_gguf(header: GGUFHeader) -> dict[str, Any]:
     """Return the bos, eos and pad ids; eos is a list where end of turn and end of text differ."""
-    metadata = header.metadata
+    values = CheckpointValues(header.metadata, str(header.path))
     ids: dict[str, Any] = {}
     for key, name in _TOKEN_IDS.items():
-        if (value := metadata.get(f"tokenizer.ggml.{key}")) is not None:
-            ids[name] = int(value)
-    found = [metadata.get(f"tokenizer.ggml.{key}") for key in _EOS_KEYS]
-    eos = list(dict.fromkeys(int(value) for value in found if value is not None))
+        for token_id in values.integers(f"tokenizer.ggml.{key}"):
+            ids[name] = token_id
+    eos = list(dict.fromkeys(token_id for key in _EOS_KEYS for token_id in values.integers(f"tokenizer.ggml.{key}")))
     if eos:
         ids["eos_token_id"] = eos[0] if len(eos) == 1 else eos
     return ids
 
 
 class _Metadata:
-    """Looks keys up under the architecture's prefix, with an error that names what is missing."""
+    """Reads what stands under the architecture's prefix, with an error that names what is missing or wrong."""
 
     def __init__(self, header: GGUFHeader) -> None:
-        self.header = header
+        self.path = header.path
         self.architecture = str(header.metadata.get("general.architecture"))
+        self._values = CheckpointValues(header.metadata, str(header.path))
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
-                f"{header.path} holds the architecture {self.architecture!r}; "
+                f"{header.path} holds the architecture {self.architecture!r:.80}; "
                 f"GGUF is supported for {', '.join(sorted(ARCHITECTURES))}"
             )
-        if self.get("expert_count", 0):
+        if any(self._values.integers(self._key("expert_count"))):
             raise CheckpointError(f"{header.path} is a mixture of experts, which is not supported as GGUF")
         if "token_embd.weight" not in header.tensors:
             raise CheckpointError(f"{header.path} has no tensor 'token_embd.weight': it holds a vocabulary only")
 
-    def get(self, key: str, default: Any) -> Any:
-        return self.header.metadata.get(f"{self.architecture}.{key}", default)
+    def has(self, name: str) -> bool:
+        return self._key(name) in self._values.values
 
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
+    def size(self, name: str, entry: str, *, default: int | None = None) -> int:
+        """What config.json calls `name`; where it is given layer by layer it must be the same for all."""
+        key = self._key(entry)
+        value = self._values.values.get(key, default)
         if value is None:
-            raise CheckpointError(f"{self.header.path} lacks the metadata '{self.architecture}.{key}'")
-        if np.ndim(value):
-            values = {int(item) for item in value}
-            if len(values) != 1:
-                raise CheckpointError(f"{self.header.path}: '{self.architecture}.{key}' differs from layer to layer")
-            return values.pop()
-        return int(value)
+            raise CheckpointError(f"{self.path} lacks the metadata {key!r}")
+        if isinstance(value, np.ndarray) and value.size:
+            if (value != value[0]).any():
+                raise CheckpointError(f"{self.path}: {key!r} differs from layer to layer")
+            value = value[0].item()
+        return CheckpointValues({key: value}, self._values.file).positive_integer(key, at_most=LARGEST.get(name))
+
+    def number(self, name: str, *, default: float, above: float = 0.0) -> float:
+        return self._values.number(self._key(name), default=default, above=above)
+
+    def text(self, name: str, *, default: str) -> str:
+        return self._values.text(self._key(name), default=default)
+
+    def _key(self, name: str) -> str:
+        return f"{self.architecture}.{name}"
 
 
 def _rope_scaling(reader: _Metadata, factors: np.ndarray | None, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = reader.get("rope.scaling.type", "none")
+    kind = reader.text("rope.scaling.type", default="none")
     if factors is not None:
         return _llama3_scaling(reader, factors.astype(np.float64), theta, head_dim)
     if kind == "none":
         return None
-    factor = float(reader.get("rope.scaling.factor", 1.0))
+    factor = reader.number("rope.scaling.factor", default=1.0)
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": factor}
-        original = reader.get("rope.scaling.original_context_length", None)
-        return scaling if original is None else scaling | {"original_max_position_embeddings": int(original)}
-    raise CheckpointError(f"{reader.header.path} scales its rotary embedding by {kind!r}, which is not supported")
+        if not reader.has(_ORIGINAL_CONTEXT):
+            return scaling
+        return scaling | {_ORIGINAL: reader.size(_ORIGINAL, _ORIGINAL_CONTEXT)}
+    raise CheckpointError(f"{reader.path} scales its rotary embedding by {kind!r:.80}, which is not supported")
 
 
 def _llama3_scaling(reader: _Metadata, factors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
@@ -117,11 +133,14 @@ def _llama3_scaling(reader: _Metadata, factors: np.ndarray, theta: float, head_d
     between 1 / divisor = smooth + (1 - smooth) / factor, smooth = (x - low) / (high - low): a line through the points
     in between, which gives low and high.
     """
-    original = int(reader.get("rope.scaling.original_context_length", 8192))
+    refusal = CheckpointError(f"{reader.path}: 'rope_freqs.weight' is no llama3 scaling, the only one supported")
+    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all():
+        raise refusal
+    original = reader.size(_ORIGINAL, _ORIGINAL_CONTEXT, default=8192)
     turns = original / (2 * math.pi * theta ** (np.arange(0, head_dim, 2) / head_dim))  # f64[head_dim / 2]
     factor, low, high = float(factors.max()), 1.0, 4.0
     between = (factors > 1 + 1e-4) & (factors < factor * (1 - 1e-4))
-    if factors.shape == turns.shape and between.sum() >= 2:
+    if between.sum() >= 2:
         smooth = (1 / factors[between] - 1 / factor) / (1 - 1 / factor)
         slope, start = np.polyfit(turns[between], smooth, 1)
         low, high = round(-start / slope, 3), round((1 - start) / slope, 3)
@@ -130,10 +149,10 @@ def _llama3_scaling(reader: _Metadata, factors: np.ndarray, theta: float, head_d
         "factor": _short(factor),
         "low_freq_factor": low,
         "high_freq_factor": high,
-        "original_max_position_embeddings": original,
+        _ORIGINAL: original,
     }
-    if factors.shape != turns.shape or not np.allclose(_llama3_factors(turns, factor, low, high), factors, rtol=1e-3):
-        raise CheckpointError(f"{reader.header.path}: 'rope_freqs.weight' is no llama3 scaling, the only one supported")
+    if not np.allclose(_llama3_factors(turns, factor, low, high), factors, rtol=1e-3):
+        raise refusal
     return scaling
 
 

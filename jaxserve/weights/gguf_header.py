@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
+from jaxserve.checkpoint_values import CheckpointValues
 from jaxserve.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
+_MAX_DIMS = 4  # of a tensor of GGML
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,25 +77,37 @@ class _HeaderParser:
             hint = " (a big-endian file)" if version & 0xFFFF == 0 else ""
             raise CheckpointError(f"{self.path} is of GGUF version {version}{hint}; versions 2 and 3 are supported")
         num_tensors, num_entries = self._scalar("Q"), self._scalar("Q")
-        if num_tensors > len(self.data) or num_entries > len(self.data):
-            raise CheckpointError(f"{self.path} is damaged: it names {num_tensors} tensors and {num_entries} entries")
         metadata = {}
         for _ in range(num_entries):
             key = self._string()
+            if key in metadata:
+                raise CheckpointError(f"{self.path} is damaged: it holds the metadata {key!r:.80} twice")
             metadata[key] = self._value(self._scalar("I"))
         return GGUFHeader(self.path, metadata, self._tensors(num_tensors, metadata))
 
     def _tensors(self, num_tensors: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
-        infos = []
+        infos: dict[str, tuple[tuple[int, ...], int, int]] = {}
         for _ in range(num_tensors):
-            name = self._string()
-            dims = self._scalars("Q", self._scalar("I"))
-            infos.append((name, tuple(reversed(dims)), self._scalar("I"), self._scalar("Q")))
-        alignment = int(metadata.get("general.alignment", _DEFAULT_ALIGNMENT))
-        if alignment <= 0 or alignment & (alignment - 1):
+            name, num_dims = self._string(), self._scalar("I")
+            if name in infos:
+                raise CheckpointError(f"{self.path} is damaged: it holds the tensor {name!r:.80} twice")
+            if num_dims > _MAX_DIMS:
+                raise CheckpointError(f"{self.path} is damaged: tensor {name!r:.80} has {num_dims} dimensions")
+            infos[name] = (tuple(reversed(self._scalars("Q", num_dims))), self._scalar("I"), self._scalar("Q"))
+        values = CheckpointValues(metadata, str(self.path))
+        alignment = values.positive_integer("general.alignment", default=_DEFAULT_ALIGNMENT)
+        if alignment & (alignment - 1):
             raise CheckpointError(f"{self.path} is damaged: alignment {alignment} is not a power of two")
-        start = -(-self.position // alignment) * alignment
-        return {name: self._tensor(name, shape, kind, start + offset) for name, shape, kind, offset in infos}
+        start, end, tensors = _aligned(self.position, alignment), 0, {}
+        for name, (shape, kind, offset) in infos.items():
+            if offset != end:  # each lies right behind the one before, and llama.cpp takes no other file
+                raise CheckpointError(
+                    f"{self.path} is damaged: tensor {name!r} is said to begin at byte {offset} of the data, "
+                    f"the one before it ends at {end}"
+                )
+            tensors[name] = self._tensor(name, shape, kind, start + offset)
+            end += _aligned(tensors[name].num_bytes, alignment)
+        return tensors
 
     def _tensor(self, name: str, shape: tuple[int, ...], kind: int, offset: int) -> GGUFTensor:
         try:
@@ -101,7 +115,7 @@ class _HeaderParser:
         except ValueError as error:
             raise CheckpointError(f"{self.path}: tensor {name!r} is of the unknown type {kind}") from error
         block_size, block_bytes = GGML_QUANT_SIZES[quantization]
-        if not shape or shape[-1] % block_size:
+        if not shape or min(shape) < 1 or shape[-1] % block_size:
             raise CheckpointError(f"{self.path}: tensor {name!r} of shape {shape} has no whole {quantization.name} row")
         num_bytes = math.prod(shape) // block_size * block_bytes
         if offset + num_bytes > len(self.data):
@@ -120,15 +134,11 @@ class _HeaderParser:
             raise CheckpointError(f"{self.path} is damaged: metadata of the unknown type {kind}")
         return self._scalar(_SCALARS[kind])
 
-    def _array(self) -> list[Any] | np.ndarray:
+    def _array(self) -> list[str] | np.ndarray:
         kind, count = self._scalar("I"), self._scalar("Q")
-        if count > len(self.data):
-            raise CheckpointError(f"{self.path} is damaged: an array of {count} values")
         if kind == _STRING:
             return self._strings(count)
-        if kind == _ARRAY:
-            return [self._array() for _ in range(count)]
-        if kind not in _SCALARS:
+        if kind not in _SCALARS:  # nor are there arrays of arrays
             raise CheckpointError(f"{self.path} is damaged: an array of the unknown type {kind}")
         dtype = np.dtype("<" + _SCALARS[kind])
         values = np.frombuffer(self._take(count * dtype.itemsize), dtype)
@@ -163,3 +173,12 @@ class _HeaderParser:
         taken = self.data[self.position : self.position + num_bytes]
         self.position += num_bytes
         return taken
+
+
+def _aligned(position: int, alignment: int) -> int:
+    """The next multiple of `alignment`, a power of two.
+
+    >>> _aligned(33, 32), _aligned(64, 32)
+    (64, 64)
+    """
+    return -(-position // alignment) * alignment

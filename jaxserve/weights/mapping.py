@@ -43,7 +43,7 @@ def load_params(
     `place` keeps, the host holds at most the largest parameter and 64 MiB read ahead, and their sources while one is
     being assembled or cast.
     """
-    _check(checkpoint, rules, (*DEFAULT_IGNORED, *ignored, *((TIED_HEAD,) if tie_embeddings else ())))
+    check_fits(checkpoint, rules, ignored=ignored, tie_embeddings=tie_embeddings)
     sizes = [math.prod(rule.param_shape) * np.dtype(rule.dtype or dtype).itemsize for rule in rules]
     params: dict[str, jax.Array] = {}
     loaded, total = 0, sum(sizes)
@@ -55,7 +55,13 @@ def load_params(
     return params
 
 
-def _check(checkpoint: Checkpoint, rules: Sequence[WeightRule], ignored: Sequence[str]) -> None:
+def check_fits(
+    checkpoint: Checkpoint, rules: Sequence[WeightRule], *, ignored: Sequence[str] = (), tie_embeddings: bool = False
+) -> None:
+    """Raise `CheckpointError` unless the rules use all tensors but the ignored ones, each in its own shape.
+
+    `ignored` and `tie_embeddings` are as in `load_params`.
+    """
     names = set(checkpoint.tensor_names())
     wanted = {source for rule in rules for source in rule.sources}
     if missing := sorted(wanted - names):
@@ -63,7 +69,7 @@ def _check(checkpoint: Checkpoint, rules: Sequence[WeightRule], ignored: Sequenc
     wrong = list(_wrong_shapes(checkpoint, rules))
     if wrong:
         raise CheckpointError(f"{checkpoint.name} does not fit the model: {name_list(wrong, limit=4)}")
-    patterns = [re.compile(pattern) for pattern in ignored]
+    patterns = [re.compile(p) for p in (*DEFAULT_IGNORED, *ignored, *((TIED_HEAD,) if tie_embeddings else ()))]
     surplus = sorted(name for name in names - wanted if not any(p.fullmatch(name) for p in patterns))
     if surplus:
         raise CheckpointError(

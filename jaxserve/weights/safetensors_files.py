@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path.parent} has no {path.name}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, not a JSON object")
@@ -178,10 +178,11 @@ def _read_index(folder: Path) -> dict[str, Path]:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no 'weight_map'")
-    for shard in sorted(set(weight_map.values())):
+    for shard in weight_map.values():
         # A shard is a plain file name: an index must not reach out of its folder.
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise CheckpointError(f"{path} names the shard {shard!r}, which is not a file name")
+            raise CheckpointError(f"{path} names the shard {shard!r:.80}, which is not a file name")
+    for shard in sorted(set(weight_map.values())):
         if not (folder / shard).exists():
             raise CheckpointError(f"{path} names the shard {shard!r}, which is missing")
     return {name: folder / shard for name, shard in weight_map.items()}
@@ -197,7 +198,7 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
             header = json.loads(file.read(header_bytes))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is damaged: its header is not a JSON object")
@@ -211,10 +212,10 @@ def _tensor(path: Path, name: str, entry: dict[str, Any], start: int, size: int)
     try:
         code, shape = entry["dtype"], tuple(int(dim) for dim in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: the header's entry for {name!r} is malformed") from error
-    if code not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} is of type {code!r}; supported are {', '.join(DTYPES)}")
+    if not isinstance(code, str) or code not in DTYPES:
+        raise CheckpointError(f"{path}: tensor {name!r} is of type {code!r:.80}; supported are {', '.join(DTYPES)}")
     dtype = DTYPES[code]
     if min(shape, default=0) < 0 or begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
         raise CheckpointError(f"{path} is damaged: {name!r} has shape {shape} of {code} in {end - begin} bytes")

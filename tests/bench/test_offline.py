@@ -1,18 +1,22 @@
 """Offline runs over a fake core, and the step benchmark over the real scheduler and batch builder."""
 
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from jax.stages import Compiled
 
+from jaxserve.bench.latency import measure_latency
 from jaxserve.bench.offline import config_for, run_in_core
 from jaxserve.bench.step import WARM_UP_STEPS, measure_step
+from jaxserve.bench.throughput import measure_throughput
 from jaxserve.bench.workload import LengthRange, Workload
 from jaxserve.config import load_config
 from jaxserve.errors import ConfigError, RequestFailedError
 from jaxserve.runner.packing import Packing
 from jaxserve.runner.programs import Programs
-from tests.engine.fake_core import FAIL_ROW, FakeCore
+from tests.engine.fake_core import FAIL_ROW, MAX_MODEL_LEN, FakeCore
 
 WORKLOAD = Workload(num_prompts=8, input_len=LengthRange(4, 12), output_len=LengthRange(4, 6))
 
@@ -35,6 +39,18 @@ def test_a_request_that_fails_ends_the_run(core):
     requests[3].prompt_token_ids[0] = FAIL_ROW
     with pytest.raises(RequestFailedError, match="nan in the logits"):
         run_in_core(core, [requests[3], *requests])
+
+
+@pytest.mark.parametrize("measure", [measure_throughput, partial(measure_latency, batch_sizes=[1], num_iters=1)])
+def test_requests_that_do_not_fit_the_context_are_a_mistake_of_the_command_line(monkeypatch, measure):
+    monkeypatch.setattr("jaxserve.engine.core.EngineCore", FakeCore)
+    config = load_config(None, {"model": "m"}, environ={})
+    workload = replace(WORKLOAD, input_len=LengthRange(4, MAX_MODEL_LEN - 5))  # with the longest answer one too many
+    with pytest.raises(
+        ConfigError, match=r"\(4:2043\) and --output-len \(4:6\) come to 2049 tokens, .* is 2048; shorten"
+    ):
+        measure(config, workload, in_process=True, on_progress=lambda text: None)
+    replace(WORKLOAD, input_len=LengthRange(4, MAX_MODEL_LEN - 6)).check_fits(MAX_MODEL_LEN)
 
 
 def test_the_queue_has_room_for_all_requests():

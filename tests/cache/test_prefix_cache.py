@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+import itertools
+from typing import ClassVar
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from jaxserve.cache.block_pool import BlockPool
 from jaxserve.cache.prefix_cache import PrefixCache, extend_block_hashes, root_hash
@@ -112,22 +116,130 @@ def test_hashes_do_not_depend_on_how_often_they_were_extended(token_ids, cuts):
     assert len(whole.block_hashes) == num_blocks
 
 
-@given(
-    prompts=st.lists(
-        st.tuples(st.lists(st.integers(0, 1), max_size=20), st.sampled_from([None, "x"])), min_size=1, max_size=8
+NUM_BLOCKS = 9  # of the pool below: two requests fill it
+Prefix = tuple[str | None, tuple[int, ...]]  # salt, and all tokens up to a block's end
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Requests that begin, compute block by block, and end, over a pool that is nearly always full.
+
+    Beside it a plain model: which prefixes can be found and where, and which free blocks go first.
+    """
+
+    num_hits: ClassVar[int] = 0
+    num_evictions: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache, self.pool = fresh(num_blocks=NUM_BLOCKS)
+        self.running: list[Request] = []
+        self.findable: dict[Prefix, int] = {}
+        self.blank = set(range(1, NUM_BLOCKS))
+        self.kept: list[int] = []  # free and findable, the first to be evicted first
+
+    @rule(
+        blocks=st.lists(st.integers(0, 1), min_size=1, max_size=4),
+        num_more=st.integers(0, BLOCK_SIZE - 1),
+        cache_salt=st.sampled_from([None, None, None, "x"]),
+        num_computed=st.integers(0, 4),
     )
-)
-def test_whatever_is_found_holds_the_very_prefix(prompts):
-    cache, pool = fresh(num_blocks=200)
-    content: dict[int, tuple[str | None, tuple[int, ...]]] = {}  # block -> salt and all tokens up to its end
-    for token_ids, cache_salt in prompts:
+    def begin(self, blocks: list[int], num_more: int, cache_salt: str | None, num_computed: int) -> None:
+        """A request takes its blocks, those of requests that end for it where there are too few."""
+        token_ids = [token_id for token_id in blocks for _ in range(BLOCK_SIZE)] + [0] * num_more
         request = make(token_ids, cache_salt=cache_salt)
-        known = {prefix for prefix in content.values() if prefix[0] == cache_salt}
-        found = cache.match(request)
-        for index, block_id in enumerate(found):
-            assert content[block_id] == (cache_salt, tuple(token_ids[: (index + 1) * BLOCK_SIZE]))
-        next_prefix = (cache_salt, tuple(token_ids[: (len(found) + 1) * BLOCK_SIZE]))
-        assert (len(found) + 1) * BLOCK_SIZE >= len(token_ids) or next_prefix not in known, "a longer prefix was known"
-        computed(cache, pool, request)
-        for index in range(len(token_ids) // BLOCK_SIZE):
-            content[request.block_ids[index]] = (cache_salt, tuple(token_ids[: (index + 1) * BLOCK_SIZE]))
+        num_blocks = -(-len(token_ids) // BLOCK_SIZE)
+        while num_blocks - len(found := self.expected(request)) > self.num_free_beside(found):
+            self.end_one(self.running[0])
+        assert self.cache.match(request) == found
+        self.pool.touch(found)
+        self.kept = [block_id for block_id in self.kept if block_id not in found]
+        request.block_ids = found + self.allocate(num_blocks - len(found))
+        request.num_computed_tokens = len(found) * BLOCK_SIZE
+        self.running.append(request)
+        type(self).num_hits += len(found)
+        self.compute_blocks(request, num_computed)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), num_blocks=st.integers(1, 4))
+    def compute(self, data: st.DataObject, num_blocks: int) -> None:
+        self.compute_blocks(data.draw(st.sampled_from(self.running)), num_blocks)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        self.end_one(data.draw(st.sampled_from(self.running)))
+
+    @precondition(lambda self: self.findable)
+    @rule(data=st.data())
+    def forget(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(self.running or [make([0] * BLOCK_SIZE)]))
+        extend_block_hashes(request, len(request.token_ids) // BLOCK_SIZE, BLOCK_SIZE)
+        self.cache.forget(request.block_hashes)
+        for index in range(len(request.block_hashes)):
+            block_id = self.findable.pop(prefix(request, index), None)
+            if block_id in self.kept:
+                self.kept.remove(block_id)
+                self.blank.add(block_id)
+
+    def compute_blocks(self, request: Request, num_blocks: int) -> None:
+        first = request.num_computed_tokens // BLOCK_SIZE
+        last = min(first + num_blocks, len(request.token_ids) // BLOCK_SIZE)
+        self.cache.insert(request, first, last)
+        for index in range(first, last):
+            self.findable.setdefault(prefix(request, index), request.block_ids[index])
+        request.num_computed_tokens = last * BLOCK_SIZE
+
+    def end_one(self, request: Request) -> None:
+        self.running.remove(request)
+        self.pool.free(request.block_ids)
+        owned = {block_id for other in self.running for block_id in other.block_ids}
+        for block_id in reversed(request.block_ids):
+            if block_id not in owned:
+                self.free(block_id)
+
+    def num_free_beside(self, found: list[int]) -> int:
+        return len(self.blank) + len([block_id for block_id in self.kept if block_id not in found])
+
+    def expected(self, request: Request) -> list[int]:
+        """The blocks of its prefixes, shortest first, up to one that cannot be found; never its last token's."""
+        keys = (prefix(request, index) for index in range((len(request.token_ids) - 1) // BLOCK_SIZE))
+        return [self.findable[key] for key in itertools.takewhile(self.findable.__contains__, keys)]
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """Blank blocks in any order, then the kept ones in theirs, whose content cannot be found any more."""
+        block_ids = self.pool.allocate(num_blocks)
+        for block_id in block_ids:
+            if self.blank:
+                self.blank.remove(block_id)
+                continue
+            assert block_id == self.kept.pop(0)
+            (evicted,) = (key for key, holder in self.findable.items() if holder == block_id)
+            del self.findable[evicted]
+            type(self).num_evictions += 1
+        return block_ids
+
+    def free(self, block_id: int) -> None:
+        if block_id in self.findable.values():
+            self.kept.append(block_id)
+        else:
+            self.blank.add(block_id)
+
+    @invariant()
+    def the_books_balance(self) -> None:
+        self.cache.check_integrity()
+        self.pool.check_integrity([request.block_ids for request in self.running])
+        assert self.pool.num_free == len(self.blank) + len(self.kept)
+        assert len(self.cache) == len(self.findable)
+
+
+def prefix(request: Request, index: int) -> Prefix:
+    return request.cache_salt, tuple(request.token_ids[: (index + 1) * BLOCK_SIZE])
+
+
+def test_exactly_what_was_inserted_and_not_evicted_is_found():
+    PrefixCacheMachine.num_hits = PrefixCacheMachine.num_evictions = 0
+    run_state_machine_as_test(
+        PrefixCacheMachine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None)
+    )
+    assert PrefixCacheMachine.num_hits > 50
+    assert PrefixCacheMachine.num_evictions > 50

@@ -9,6 +9,7 @@ import yaml
 
 from jaxserve.cli.main import main
 from jaxserve.config import FIELDS, load_config
+from jaxserve.errors import PromptTooLongError
 
 
 @pytest.fixture
@@ -161,6 +162,24 @@ def test_a_client_without_a_server_says_how_to_start_one(run, command):
 def test_bench_serve_refuses_what_it_cannot_run(run, arguments, message):
     code, _, err = run("bench", "serve", *arguments)
     assert (code, err.removeprefix("jaxserve: error: ").startswith(message)) == (2, True), err
+
+
+@pytest.mark.parametrize("command", ["throughput", "latency", "serve", "speculative", "step"])
+@pytest.mark.parametrize(("name", "reason"), [("no/x.json", "there is no folder"), (".", "it is a folder")])
+def test_a_benchmark_whose_result_cannot_be_written_does_not_start(run, tmp_path, command, name, reason):
+    model = [] if command == "step" else [str(tmp_path / "no-model")]
+    code, _, err = run("bench", command, *model, "--json", str(tmp_path / name))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith(f"jaxserve: error: cannot write --json {str(tmp_path / name)!r}: {reason}")
+
+
+def test_a_prompt_beyond_the_context_is_a_mistake_of_the_command_line(run, monkeypatch):
+    def measure(*_, **__):
+        raise PromptTooLongError("the prompt has 70 tokens; the model's context takes 64")
+
+    monkeypatch.setattr("jaxserve.bench.speculative.measure_speculative", measure)
+    code, _, err = run("bench", "speculative", "m")
+    assert (code, err) == (2, "jaxserve: error: the prompt has 70 tokens; the model's context takes 64\n")
 
 
 def test_collect_env_names_versions_and_devices(run):

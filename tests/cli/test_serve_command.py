@@ -18,7 +18,7 @@ from jaxserve.bench.serving import Load, measure_server
 from jaxserve.bench.workload import LengthRange, Workload
 from jaxserve.cli.serve import bind, is_loopback, run_server
 from jaxserve.config import config_from_values, load_config
-from jaxserve.errors import ConfigError, JaxserveError, TokenizerError
+from jaxserve.errors import ConfigError, TokenizerError
 
 ROOT = Path(__file__).parents[2]
 SERVE = """
@@ -134,7 +134,7 @@ async def test_bench_serve_says_what_a_server_refused(model_dir, tmp_path):
     with process(model_dir, tmp_path) as (_, url, _log):
         wait_for(lambda: is_ready(url))
         async with BenchClient(url) as client:
-            with pytest.raises(JaxserveError, match="HTTP 400"):
+            with pytest.raises(ConfigError, match=r"refuses these requests \(HTTP 400\)"):
                 await client.run(workload.requests(250), 1)
 
 

@@ -102,6 +102,11 @@ def test_a_model_without_served_names_goes_by_its_own():
             {"model": "a.gguf", "load_format": "safetensors"},
             "load_format is 'safetensors', but model 'a.gguf' is a GGUF",
         ),
+        (
+            {"model": "org/name", "load_format": "gguf"},
+            "load_format is 'gguf', but model 'org/name' is no .gguf file; leave it out",
+        ),
+        ({"max_model_len": 1}, "max_model_len must be at least 2, got 1 (an integer)"),
         ({"served_model_name": ["a", "a"]}, "served_model_name must hold different, non-empty names, got ['a', 'a']"),
         ({"api_key": ["  "]}, "api_key must not be empty: leave it out to serve without a key"),
     ],

@@ -221,7 +221,7 @@ def test_end_of_sequence_ids_stay_when_sampling_defaults_are_ignored(checkpoint:
     [
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
         ({"temperature": "hot"}, "temperature must be a number from 0 to 100, got 'hot'"),
-        ({"eos_token_id": "x"}, "'eos_token_id' must be an integer from 0 up, or a list of such, got 'x'"),
+        ({"eos_token_id": "x"}, "'eos_token_id' must be an integer from 0 to 2147483647, or a list of such, got 'x'"),
     ],
 )
 def test_impossible_values_of_a_generation_config_are_named_at_the_start(

@@ -81,6 +81,19 @@ def test_a_config_that_does_not_fit_the_weights(checkpoint):
     assert "mlp" in message and "96" in message and "128" in message
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 1_000_000}, "config.json: 'num_hidden_layers' must be at most 2048, got 1000000"),
+        ({"quantization_config": {"quant_method": "awq"}}, "safetensors quantised by 'awq' are not supported"),
+    ],
+)
+def test_a_config_of_no_model_that_can_be_served(checkpoint, change, message):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert message in start(checkpoint)
+
+
 def test_a_model_that_is_not_there(tmp_path):
     assert "neither an existing path nor a hub id" in start(tmp_path / "nothing")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from jaxserve.checkpoint_values import LARGEST
 from jaxserve.errors import CheckpointError
 from jaxserve.models.base import DecoderConfig
 from tests.checkpoints import TINY
@@ -39,6 +40,23 @@ def test_what_is_no_positive_number_is_named(name: str, value: object) -> None:
         DecoderConfig.from_hf(TINY | {name: value})
 
 
+@pytest.mark.parametrize("name", LARGEST)
+def test_a_size_beyond_any_model_is_refused_at_once(name: str) -> None:
+    with pytest.raises(
+        CheckpointError, match=rf"^config\.json: '{name}' must be at most {LARGEST[name]}, got 4000000000$"
+    ):
+        DecoderConfig.from_hf(TINY | {name: 4_000_000_000})
+
+
+def test_the_sizes_of_the_largest_models_are_read() -> None:
+    llama_405b = {
+        "vocab_size": 128256, "hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126,
+        "num_attention_heads": 128, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 10_485_760,
+    }  # fmt: skip
+    assert LARGEST.keys() == llama_405b.keys()
+    assert DecoderConfig.from_hf(TINY | llama_405b).num_layers == 126
+
+
 def test_a_window_that_is_switched_off_is_not_read() -> None:
     assert DecoderConfig.from_hf(TINY | {"sliding_window": 0, "use_sliding_window": False}).sliding_window is None
 
@@ -53,6 +71,20 @@ def test_a_window_that_is_switched_off_is_not_read() -> None:
         ({"rope_theta": "abc"}, "'rope_theta' must be a number above 1, got 'abc'"),
         ({"rope_theta": 0}, "'rope_theta' must be a number above 1, got 0"),
         ({"rope_scaling": "linear"}, "'rope_scaling' must be a JSON object, got 'linear'"),
+        ({"rope_theta": 1e308}, r"'rope_theta' must be a number that float32 holds, .*, got 1e\+308"),
+        ({"rope_theta": 10**400}, "'rope_theta' must be a number that float32 holds, .*, got 1000"),
+        ({"rms_norm_eps": 1e-320}, "'rms_norm_eps' must be a number that float32 holds, .*, got 1e-320"),
+        ({"sliding_window": 2**31}, "'sliding_window' must be at most 2147483647, got 2147483648"),
+        ({"max_position_embeddings": 1}, "'max_position_embeddings' must be at least 2, .*, got 1"),
+        ({"head_dim": 15}, r"head_dim \(15\) must be even"),
+        ({"head_dim": None, "num_attention_heads": 128}, r"head_dim \(1\) must be even"),
+        (
+            {"quantization_config": {"quant_method": "awq", "bits": 4}},
+            "quantization_config: safetensors quantised by 'awq' are not supported; give the model without "
+            "quantisation, or as a GGUF file",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: safetensors quantised by '<no quant_method>' are"),
+        ({"quantization_config": "awq"}, "'quantization_config' must be a JSON object, got 'awq'"),
         ({"rope_parameters": [1]}, r"'rope_parameters' must be a JSON object, got \[1\]"),
         ({"rope_scaling": {"rope_type": ["a"]}}, r"'rope_type' must be text, got \['a'\]"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "x"}}, "'factor' must be a positive number, got 'x'"),
@@ -60,6 +92,7 @@ def test_a_window_that_is_switched_off_is_not_read() -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs 'factor' in rope_parameters"),
         ({"rope_scaling": {"rope_type": "yarn", "beta_fast": {}}}, "rope_parameters that differ by layer type"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": "a", "mscale_all_dim": 1}}, "'mscale' must be"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "mscale": 1, "mscale_all_dim": []}}, "'mscale_all_dim'"),
         (
             {
                 "rope_scaling": {

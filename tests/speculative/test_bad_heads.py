@@ -72,7 +72,7 @@ CONFIGS = [
     ({"eagle_config": {"use_aux_hidden_state": False}}, "reads the model's last layer alone (use_aux_hidden_state)"),
     (
         {"eagle_aux_hidden_state_layer_ids": ["0", "1", "2"]},
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, "
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 to 2147483647, or a list of such, "
         "got ['0', '1', '2']",
     ),
     (
@@ -84,7 +84,7 @@ CONFIGS = [
             "eagle_aux_hidden_state_layer_ids": None,
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, None, 2]},
         },
-        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 up, or a list of such, "
+        "config.json: 'eagle_aux_hidden_state_layer_ids' must be an integer from 0 to 2147483647, or a list of such, "
         "got [0, None, 2]",
     ),
     (

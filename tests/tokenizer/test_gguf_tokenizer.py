@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from jaxserve.errors import TokenizerError
+from jaxserve.errors import CheckpointError, TokenizerError
 from jaxserve.tokenizer.gguf_tokenizer import tokenizer_config_from_gguf, tokenizer_from_gguf
 from jaxserve.tokenizer.tokenizer import Tokenizer, tokenizer_from_backend
 from tests.tokenizer import golden_vocabularies
@@ -62,6 +62,25 @@ def test_a_file_without_tokens_is_refused():
 def test_a_merge_of_unknown_tokens_is_refused():
     with pytest.raises(TokenizerError, match="broken tokenizer"):
         tokenizer_from_gguf(golden_vocabularies.header(SMALL["byte_level"], pre="gpt-2", merges=["zzz qqq"]))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"unknown_token_id": 10**6}, "'tokenizer.ggml.unknown_token_id' is no token"),
+        ({"unknown_token_id": "<unk>"}, "'tokenizer.ggml.unknown_token_id' must be an integer from 0"),
+        ({"add_bos_token": 3}, "'tokenizer.ggml.add_bos_token' must be true or false, got 3"),
+        ({"token_type": ["a"]}, "'tokenizer.ggml.token_type' must be an array of numbers"),
+        ({"scores": 1.5}, "'tokenizer.ggml.scores' must be an array of numbers, got 1.5"),
+        ({"tokens": 7}, "'tokenizer.ggml.tokens' must be a list of texts, got 7"),
+        ({"model": 7}, "'tokenizer.ggml.model' must be text, got 7"),
+    ],
+)
+def test_an_entry_of_another_type_is_named(entries, message):
+    header = golden_vocabularies.header(SMALL["sentence_piece"])
+    header.metadata.update({f"tokenizer.ggml.{key}": value for key, value in entries.items()})
+    with pytest.raises((CheckpointError, TokenizerError), match=message):
+        tokenizer_from_gguf(header)
 
 
 def test_bos_and_eos_are_added_as_the_file_says():

@@ -110,6 +110,37 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path, position, byte):
         assert "\n" not in str(error)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1e400], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]},
+    ],
+)
+def test_an_entry_that_makes_no_sense_is_named(tmp_path, entry):
+    header = json.dumps({"w": entry}).encode()
+    (write_folder(tmp_path) / SINGLE_NAME).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+
+    with pytest.raises(CheckpointError, match="'w'"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+def test_json_of_any_depth_is_refused_in_one_line(tmp_path):
+    (write_folder(tmp_path) / "config.json").write_text("[" * 100_000)
+
+    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+        SafetensorsCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", [7, ["one.safetensors"], None])
+def test_an_index_that_names_no_files_is_refused(tmp_path, shard):
+    folder = write_shards(tmp_path, weight_map={"a.weight": "one.safetensors", "b.weight": shard})
+
+    with pytest.raises(CheckpointError, match="which is not a file name"):
+        SafetensorsCheckpoint(folder)
+
+
 def test_a_missing_shard_is_named(tmp_path):
     (write_shards(tmp_path) / "two.safetensors").unlink()
 
