@@ -1,6 +1,7 @@
 """Batches that every implementation of paged attention must get right, and their seeded inputs."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class Case:
     num_tokens: int = 8  # bucket
     num_rows: int = 4  # bucket
     has_prefill: bool = False
+    scale: float | None = None  # None: head_dim**-0.5
     sliding_window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
@@ -42,6 +44,12 @@ class Case:
             dtype=self.dtype,
             sliding_windows=(self.sliding_window,),
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op, its implementations and its reference are asked for by keyword, beside sinks."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return {"scale": scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
 
     @property
     def query_lens(self) -> list[int]:
@@ -121,6 +129,8 @@ CASES: tuple[Case, ...] = (
     Case(name="sinks", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, sinks=True),
     Case(name="sinks_and_window", rows=_DECODES, sliding_window=3, soft_cap=2.0, sinks=True),
     Case(name="soft_cap", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, soft_cap=2.0),
+    Case(name="scale", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, q_heads=4, scale=0.37),
+    Case(name="scale_and_soft_cap", rows=_DECODES, q_heads=7, kv_heads=1, dtype="bfloat16", scale=0.2, soft_cap=2.0),
     Case(name="bfloat16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16"),
     Case(name="float16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="float16"),
     Case(

@@ -74,7 +74,7 @@ def _attention(case: Case, sizes: Sizes) -> Check:
             case.kv_lens,
             inputs.block_tables,
             sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
-            **_options(case),
+            **case.options,
         )
         return compared(got, wanted, case.dtype)
 
@@ -85,14 +85,10 @@ def attention_call(case: Case, inputs: Inputs) -> tuple[Any, tuple[Any, ...]]:
     """A case's jitted call and its operands."""
 
     def call(q: Any, k_pool: Any, v_pool: Any, metadata: Any, sinks: Any) -> jax.Array:
-        return paged_attention(q, k_pool, v_pool, metadata, sinks=sinks, **_options(case))
+        return paged_attention(q, k_pool, v_pool, metadata, sinks=sinks, **case.options)
 
     metadata = jax.tree.map(jnp.asarray, inputs.metadata)
     return jax.jit(call), (inputs.q, inputs.k_pool, inputs.v_pool, metadata, inputs.sinks)
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return {"scale": case.head_dim**-0.5, "sliding_window": case.sliding_window, "soft_cap": case.soft_cap}
 
 
 def _write(case: WriteCase, sizes: Sizes) -> Check:

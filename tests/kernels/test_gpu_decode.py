@@ -75,6 +75,8 @@ CASES = (
         dtype="float16",
     ),
     _bf16(name="blocks_of_256_at_128", rows=((290, 1), (10, 1)), q_heads=8, head_dim=128, block_size=256, soft_cap=5.0),
+    _bf16(name="scale", rows=_ONES, q_heads=2, num_tokens=6, num_rows=6, scale=0.37),
+    _bf16(name="scale_and_soft_cap", rows=((40, 1), (9, 1)), q_heads=7, scale=0.2, soft_cap=2.0),
 )
 BY_NAME = {case.name: case for case in CASES}
 
@@ -96,9 +98,7 @@ def decode(case: Case, inputs: Inputs, *, num_sms: int = 3, tiles: DecodeTiles |
     )
     run = functools.partial(
         paged_decode,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=inputs.sinks,
         tiles=tiles,
         interpret=True,
@@ -116,9 +116,7 @@ def expected(case: Case, inputs: Inputs) -> np.ndarray:
         case.query_lens,
         case.kv_lens,
         inputs.block_tables,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
 
@@ -148,7 +146,7 @@ def test_long_rows_are_tiles_of_the_decode_kernel_in_a_small_step_and_the_prefil
     case = _bf16(name="mixed", rows=((40, 1), (130, 20), (0, 3)), num_tokens=num_tokens, has_prefill=True)
     inputs = make_inputs(case, unread=np.nan, implementation="mosaic_gpu")
     assert (inputs.metadata.plan.prefill is None) == (num_tokens <= MAX_DECODE_BUCKET)
-    attend = jax.jit(functools.partial(paged_attention, scale=case.head_dim**-0.5, interpret=True))
+    attend = jax.jit(functools.partial(paged_attention, **case.options, interpret=True))
     k_pool, v_pool = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     out = attend(inputs.q, k_pool, v_pool, jax.tree.map(jnp.asarray, inputs.metadata))
     np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), expected(case, inputs), **tolerance(case.dtype))

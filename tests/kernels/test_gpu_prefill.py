@@ -55,6 +55,8 @@ CASES = (
     case(name="soft_cap", rows=((100, 36),), soft_cap=2.0),
     case(name="sinks", rows=((100, 36),), sinks=True, q_heads=8, kv_heads=2),
     case(name="window_soft_cap_and_sinks", rows=((250, 50),), sliding_window=140, soft_cap=3.0, sinks=True),
+    case(name="scale", rows=((100, 36),), q_heads=2, scale=0.37),
+    case(name="scale_and_soft_cap", rows=((100, 36),), q_heads=7, scale=0.2, soft_cap=2.0),
 )
 
 
@@ -65,15 +67,7 @@ def attend(case, unread=np.nan, tiles=None):
     starts = np.concatenate(([0], np.cumsum(query_lens)))
     sizes = {"geometry": case.geometry, "num_tokens": case.num_tokens, "num_rows": case.num_rows}
     plan = build_prefill_plan(query_lens, kv_lens, starts, **sizes)
-    scale = case.head_dim**-0.5
-    run = partial(
-        prefill,
-        scale=scale,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
-        tiles=tiles,
-        interpret=gpu_interpret_params(),
-    )
+    run = partial(prefill, **case.options, tiles=tiles, interpret=gpu_interpret_params())
     pools = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     tables, lens = inputs.metadata.block_tables, inputs.metadata.kv_lens
     out = jax.jit(run)(inputs.q, *pools, jnp.full_like(inputs.q, UNWRITTEN), tables, lens, plan, sinks=inputs.sinks)
@@ -84,9 +78,7 @@ def attend(case, unread=np.nan, tiles=None):
         case.query_lens,
         case.kv_lens,
         inputs.block_tables,
-        scale=scale,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
     owned = np.zeros(case.num_tokens, bool)
@@ -123,7 +115,7 @@ def lower_for_h100(case: Case) -> str:
     pool = shape((64, case.block_size, case.kv_heads, case.head_dim), dtype)
     plan = prefill_plan_shapes(geometry=case.geometry, num_tokens=case.num_tokens, num_rows=case.num_rows)
     tables, lens = shape((case.num_rows, 32), jnp.int32), shape((case.num_rows,), jnp.int32)
-    run = partial(prefill, scale=case.head_dim**-0.5, sliding_window=case.sliding_window, soft_cap=case.soft_cap)
+    run = partial(prefill, **case.options)
     h100 = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
     mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=h100)
     with jax.sharding.use_abstract_mesh(mesh):

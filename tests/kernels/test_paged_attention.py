@@ -35,9 +35,7 @@ def attend(case: Case, inputs: Inputs) -> np.ndarray:
         inputs.k_pool,
         inputs.v_pool,
         inputs.metadata,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=inputs.sinks,
     )
     assert out.dtype == inputs.q.dtype
@@ -52,9 +50,7 @@ def expected(case: Case, inputs: Inputs) -> np.ndarray:
         case.query_lens,
         case.kv_lens,
         inputs.block_tables,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
 
@@ -186,6 +182,9 @@ def test_wrong_arguments_raise_value_error():
             attend(case, dataclasses.replace(inputs, **change))
     with pytest.raises(ValueError, match="sliding_window"):
         attend(dataclasses.replace(case, sliding_window=0), inputs)
+    for scale in (0.0, -0.125, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+            attend(dataclasses.replace(case, scale=scale), inputs)
     with pytest.raises(ValueError, match="soft_cap"):
         attend(dataclasses.replace(case, soft_cap=0.0), inputs)
     with pytest.raises(ValueError, match="unknown implementation 'triton'"):

@@ -59,6 +59,17 @@ BREADTH = (
         sinks=True,
     ),
     Case(name="four_queries_a_head_of_256", rows=DECODES[3:], q_heads=8, kv_heads=2, head_dim=256, sliding_window=130),
+    Case(name="scale", rows=DECODES[3:], q_heads=4, kv_heads=2, scale=0.37),
+    Case(
+        name="scale_and_soft_cap",
+        rows=TINY,
+        q_heads=7,
+        kv_heads=1,
+        num_tokens=24,
+        has_prefill=True,
+        scale=0.2,
+        soft_cap=2.0,
+    ),
 )
 
 SIMULATED = (
@@ -108,9 +119,7 @@ def attend(case, inputs, interpret):
         *pools,
         inputs.metadata,
         inputs.sinks,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         interpret=interpret,
     )
     assert out.dtype == inputs.q.dtype
@@ -125,9 +134,7 @@ def expected(case, inputs):
         case.query_lens,
         case.kv_lens,
         inputs.block_tables,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
 
