@@ -16,8 +16,7 @@ from pallas_kernels.kv_write.cases import Case as WriteCase
 from pallas_kernels.kv_write.reference import kv_write_reference, rotate_and_write_reference
 from pallas_kernels.numerics import pool_dtype, tolerance
 from pallas_kernels.paged_attention import choose_implementation, paged_attention
-from pallas_kernels.paged_attention.cases import Case, Inputs, make_inputs
-from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.cases import Case, Inputs, expected, make_inputs
 from tests.gpu.cases import attention_cases, rotation_cases, write_cases
 from tests.gpu.sizes import Sizes
 
@@ -66,17 +65,7 @@ def _attention(case: Case, sizes: Sizes) -> Check:
 
     def check() -> dict[str, Any]:
         got = program(*operands)
-        wanted = paged_attention_reference(
-            np.asarray(inputs.q.astype(jnp.float32)),
-            inputs.k_values,
-            inputs.v_values,
-            case.query_lens,
-            case.kv_lens,
-            inputs.block_tables,
-            sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
-            **case.options,
-        )
-        return compared(got, wanted, case.dtype)
+        return compared(got, expected(case, inputs), case.dtype)
 
     return check
 
