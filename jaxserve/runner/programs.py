@@ -134,14 +134,7 @@ class Programs:
             for variant in variants:
                 jobs["sample", rows, variant] = self._sample(rows, variant)
         if not self._only_draws:
-            for num_tokens in self._shapes.buckets.token_sizes:
-                jobs["take_rows", num_tokens] = self._take_rows(num_tokens)
-            given, shapes = self._arguments, self._shapes
-            jobs[("score_prompt",)] = self._score_prompt()
-            jobs[("write_slot",)] = self._write_slot()
-            jobs[("write_blocks",)] = self._write_entries(given.block_tables(), shapes.max_new_blocks)
-            if shapes.max_num_drafts:
-                jobs[("write_drafts",)] = self._write_entries(given.tokens(), shapes.max_num_drafts)
+            jobs |= self._small()
         described = store and (store, f"{self._graph.description} {self._shapes}")
         self._compiled |= compile_all(jobs, store=described, num_threads=num_threads, on_compiled=on_compiled)
 
@@ -173,6 +166,10 @@ class Programs:
     def lower_sample(self, rows: int, variant: Variant) -> Lowered:
         """Trace and lower the head and the sampler for one number of rows."""
         return self._sample(rows, variant).lower()
+
+    def lower_small(self, *key: str | int) -> Lowered:
+        """Trace and lower a small program by its name, `take_rows` by its name and the step's tokens."""
+        return self._small()[key].lower()
 
     # What they are compiled for --------------------------------------------------------------------------------------
 
@@ -219,6 +216,19 @@ class Programs:
             results=(by_data_shard(self._graph.mesh), given.sampled(variant)),
             donated=(2,),
         )
+
+    def _small(self) -> dict[tuple[Any, ...], Program]:
+        """Those that score prompts and that write to the tables of tokens and of blocks."""
+        given, shapes = self._arguments, self._shapes
+        programs: dict[tuple[Any, ...], Program] = {
+            ("take_rows", num_tokens): self._take_rows(num_tokens) for num_tokens in shapes.buckets.token_sizes
+        }
+        programs[("score_prompt",)] = self._score_prompt()
+        programs[("write_slot",)] = self._write_slot()
+        programs[("write_blocks",)] = self._write_entries(given.block_tables(), shapes.max_new_blocks)
+        if shapes.max_num_drafts:
+            programs[("write_drafts",)] = self._write_entries(given.tokens(), shapes.max_num_drafts)
+        return programs
 
     def _take_rows(self, num_tokens: int) -> Program:
         given = self._arguments

@@ -1,6 +1,8 @@
-"""Batches that every implementation of paged attention must get right, and their seeded inputs."""
+"""Batches that every implementation of paged attention must get right, their seeded inputs, and what is right."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.numerics import logical_dtype, pool_dtype, pool_shape
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.metadata import AttentionMetadata, build_metadata
+from pallas_kernels.paged_attention.reference import paged_attention_reference
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,10 +29,12 @@ class Case:
     num_tokens: int = 8  # bucket
     num_rows: int = 4  # bucket
     has_prefill: bool = False
+    scale: float | None = None  # None: head_dim**-0.5
     sliding_window: int | None = None
     soft_cap: float | None = None
     sinks: bool = False
     shared_blocks: int = 0  # leading blocks that all rows share, as far as they have them
+    refused_by: tuple[str, ...] = ()  # implementations whose check_supported refuses the geometry
 
     @property
     def geometry(self) -> AttentionGeometry:
@@ -42,6 +47,12 @@ class Case:
             dtype=self.dtype,
             sliding_windows=(self.sliding_window,),
         )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the op, its implementations and its reference are asked for by keyword, beside sinks."""
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return {"scale": scale, "sliding_window": self.sliding_window, "soft_cap": self.soft_cap}
 
     @property
     def query_lens(self) -> list[int]:
@@ -73,7 +84,8 @@ _DECODES = ((0, 1), (14, 1), (15, 1), (16, 1))  # one token; one short of a bloc
 _MIXED = ((0, 70), (37, 1), (100, 64), (0, 1), (200, 30), (255, 1), (5, 2))
 _SHARERS = tuple((272 + 5 * i, 1) for i in range(20))
 
-CASES: tuple[Case, ...] = (
+# What a batch may look like.
+BATCHES: tuple[Case, ...] = (
     Case(name="no_rows", rows=()),
     Case(name="one_row_of_one_token", rows=((0, 1),), num_tokens=1, num_rows=1),
     Case(name="block_edges", rows=_DECODES),
@@ -122,11 +134,27 @@ CASES: tuple[Case, ...] = (
     Case(name="sinks_and_window", rows=_DECODES, sliding_window=3, soft_cap=2.0, sinks=True),
     Case(name="soft_cap", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, soft_cap=2.0),
     Case(name="bfloat16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16"),
-    Case(name="float16", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="float16"),
+    Case(
+        name="float16",
+        rows=_MIXED,
+        num_tokens=176,
+        num_rows=8,
+        has_prefill=True,
+        dtype="float16",
+        refused_by=("native_cpu", "mosaic_tpu"),
+    ),
     Case(
         name="blocks_of_32", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, dtype="bfloat16", block_size=32
     ),
-    Case(name="blocks_of_48", rows=_MIXED, num_tokens=176, num_rows=8, has_prefill=True, block_size=48),
+    Case(
+        name="blocks_of_48",
+        rows=_MIXED,
+        num_tokens=176,
+        num_rows=8,
+        has_prefill=True,
+        block_size=48,
+        refused_by=("mosaic_gpu",),
+    ),
     Case(
         name="blocks_of_256",
         rows=_MIXED,
@@ -137,6 +165,45 @@ CASES: tuple[Case, ...] = (
         block_size=256,
     ),
 )
+
+
+# What a model may ask for, in batches so small that interpreters run them too: every number of query heads on a KV head
+# up to 16, and with these pairwise head dimensions, block sizes, options and three kinds of steps.
+_decodes = partial(Case, rows=((0, 1), (15, 1), (16, 1), (75, 1)), dtype="bfloat16", kv_heads=1)
+# A token, 16 of a row with its drafts, and a longer row: the decode kernel's on a GPU, in a step as small as this ...
+_small = partial(Case, rows=((9, 1), (50, 16), (30, 20)), dtype="bfloat16", kv_heads=1, num_tokens=40, has_prefill=True)
+_mixed = partial(_small, num_tokens=72)  # ... and in this one the prefill kernel's
+_EVERYTHING = {"sliding_window": 30, "soft_cap": 3.0, "sinks": True}
+_HALF = {"dtype": "float16", "refused_by": ("native_cpu", "mosaic_tpu")}
+
+SUPPORTED: tuple[Case, ...] = (
+    # Each head dimension, block size and tile of folded heads in both kernels of GPUs, with all options at once.
+    _mixed(name="group_1_of_80", q_heads=2, kv_heads=2, head_dim=80, **_EVERYTHING),
+    _mixed(name="group_2_of_256", q_heads=2, head_dim=256, block_size=64, **_EVERYTHING),
+    _mixed(name="group_4_of_128", q_heads=4, head_dim=128, block_size=256, **_EVERYTHING),
+    _mixed(name="group_8_of_64", q_heads=8, block_size=32, scale=0.2, **_EVERYTHING),
+    _mixed(name="group_16_of_96", q_heads=16, head_dim=96, block_size=128, **_EVERYTHING),
+    # Groups that fill no tile, with one option or none, in steps of decodes ...
+    _decodes(name="group_3_of_64", q_heads=3, block_size=128, scale=0.37),
+    _decodes(name="group_11_of_96", q_heads=11, head_dim=96, block_size=256, soft_cap=3.0),
+    _decodes(name="group_15_of_128", q_heads=15, head_dim=128, block_size=64, sinks=True),
+    # ... and in steps whose tiles of queries have several tokens.
+    _small(name="group_5_of_96", q_heads=5, head_dim=96, block_size=32),
+    _small(name="group_6_of_80", q_heads=6, head_dim=80, block_size=128, sliding_window=30),
+    _small(name="group_7_of_128", q_heads=7, head_dim=128, block_size=32, scale=0.2),
+    _small(name="group_9_of_256", q_heads=9, head_dim=256, sinks=True),
+    _small(name="group_10_of_80", q_heads=10, head_dim=80, block_size=64, soft_cap=3.0),
+    _small(name="group_12_of_128", q_heads=12, head_dim=128, sliding_window=1),
+    _small(name="group_13_of_256", q_heads=13, head_dim=256, block_size=128),
+    _small(name="group_14_of_64", q_heads=14, block_size=256, sliding_window=30, sinks=True),
+    # The other type of 16 bits, for each head dimension.
+    _small(name="float16_of_64", q_heads=3, block_size=64, **_EVERYTHING, **_HALF),
+    _decodes(name="float16_of_80", q_heads=5, head_dim=80, block_size=32, sliding_window=30, **_HALF),
+    _small(name="float16_of_96", q_heads=2, head_dim=96, **_HALF),
+    _mixed(name="float16_of_128", q_heads=2, head_dim=128, block_size=128, scale=0.2, **_HALF),
+    _decodes(name="float16_of_256", q_heads=4, head_dim=256, soft_cap=3.0, **_HALF),
+)
+CASES = (*BATCHES, *SUPPORTED)
 
 
 def make_inputs(case: Case, *, implementation: Implementation = "xla", unread: float = 0.0, seed: int = 0) -> Inputs:
@@ -179,6 +246,20 @@ def make_inputs(case: Case, *, implementation: Implementation = "xla", unread: f
         sinks=jnp.asarray(rng.standard_normal(case.q_heads), jnp.float32) if case.sinks else None,
         block_tables=tables,
         metadata=metadata,
+    )
+
+
+def expected(case: Case, inputs: Inputs) -> np.ndarray:
+    """The reference's float64 [tokens, q_heads, head_dim]."""
+    return paged_attention_reference(
+        np.asarray(inputs.q.astype(jnp.float32)),
+        inputs.k_values,
+        inputs.v_values,
+        case.query_lens,
+        case.kv_lens,
+        inputs.block_tables,
+        **case.options,
+        sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
     )
 
 

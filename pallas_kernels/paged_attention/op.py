@@ -1,6 +1,7 @@
 """Contract of paged_attention: causal attention of a ragged batch of queries over paged keys and values."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +27,12 @@ def paged_attention(
 
     The implementation is the one that planned the batch (`metadata.implementation`). The keys and values of this
     step's tokens are already in the pools (kv_write). A query at position p sees the positions
-    max(0, p - sliding_window + 1)..p of its own sequence. `soft_cap` squashes the scaled scores to
-    soft_cap * tanh(scores / soft_cap). `sinks` add exp(sink) to each softmax's denominator, after the soft cap
-    (attention sinks, Xiao et al. 2024, as gpt-oss learns them). Slots that no query sees may hold anything, NaN
+    max(0, p - sliding_window + 1)..p of its own sequence. Its scores are the products times `scale`, which `soft_cap`
+    squashes to soft_cap * tanh(scores / soft_cap). `sinks` add exp(sink) to each softmax's denominator, after the soft
+    cap (attention sinks, Xiao et al. 2024, as gpt-oss learns them). Slots that no query sees may hold anything, NaN
     included.
     """
-    _check(q, k_pool, v_pool, metadata, sliding_window, soft_cap, sinks)
+    _check(q, k_pool, v_pool, metadata, scale, sliding_window, soft_cap, sinks)
     return implementation_of(metadata.implementation).paged_attention(
         q,
         k_pool,
@@ -49,6 +50,7 @@ def _check(
     k_pool: jax.Array,
     v_pool: jax.Array,
     metadata: AttentionMetadata,
+    scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
     sinks: jax.Array | None,
@@ -66,6 +68,8 @@ def _check(
         raise ValueError(f"metadata was built for blocks of {geometry.block_size}, the pools have {k_pool.shape[1]}")
     if metadata.num_tokens != q.shape[0]:
         raise ValueError(f"metadata was built for {metadata.num_tokens} tokens, q has {q.shape[0]}")
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1 token or None, got {sliding_window}")
     if soft_cap is not None and soft_cap <= 0:

@@ -26,7 +26,7 @@ from tests.compile_check.jobs import Job, Limits
 from tests.compile_check.targets import Device, Target
 
 # Of each block size: primes, so that no other array has the size of a pool, and pools larger than a batch.
-_NUM_BLOCKS = {16: 8209, 64: 2053, 128: 1031}
+_NUM_BLOCKS = {16: 8209, 32: 4099, 64: 2053, 128: 1031, 256: 521}
 # Tokens a sequence may have. A TPU's: Llama 3.1's whole context, whose block tables for 256 rows are 1 MiB.
 _CONTEXT = {"gpu": 8192, "tpu": 131072}
 
@@ -76,9 +76,23 @@ _GPU: _Table = (
     ("no groups of 80", replace(LLAMA_8B, q_heads=32, kv_heads=32, head_dim=80), Options(), (MIXED,)),
     ("no groups of 96", replace(LLAMA_8B, q_heads=32, kv_heads=32, head_dim=96), Options(), (MIXED,)),
     ("Gemma 2 9B", replace(LLAMA_8B, q_heads=16, head_dim=256, sliding_windows=(4096,)), Options(soft_cap=50.0),
-     (MIXED,)),
+     (MIXED, MEDIUM)),
     ("gpt-oss 20B", replace(LLAMA_8B, q_heads=64, head_dim=64, sliding_windows=(128,)), Options(has_sinks=True),
-     (MIXED,)),
+     (MIXED, MEDIUM)),
+    # Groups that no model above has, each with one thing more that none has: a block size, or a small step of a size.
+    ("groups of 5, blocks of 32", replace(LLAMA_8B, q_heads=40, block_size=32), Options(), (MIXED,)),
+    ("groups of 6, blocks of 128", replace(LLAMA_8B, q_heads=48, block_size=128), Options(), (MIXED,)),
+    ("groups of 7, blocks of 256", replace(LLAMA_8B, q_heads=28, kv_heads=4, block_size=256), Options(), (MIXED,)),
+    ("groups of 9", replace(LLAMA_8B, q_heads=36, kv_heads=4), Options(), (MIXED,)),
+    ("groups of 10 and 80", replace(LLAMA_8B, q_heads=20, kv_heads=2, head_dim=80), Options(), (MEDIUM,)),
+    ("groups of 11 and 96", replace(LLAMA_8B, q_heads=22, kv_heads=2, head_dim=96), Options(), (MEDIUM,)),
+    ("groups of 12", replace(LLAMA_8B, q_heads=48, kv_heads=4), Options(), (MIXED,)),
+    ("groups of 13 and 256, float16, everything",
+     replace(LLAMA_8B, q_heads=13, kv_heads=1, head_dim=256, dtype="float16", sliding_windows=(64,)),
+     Options(soft_cap=30.0, has_sinks=True), (MEDIUM,)),
+    ("groups of 14, window", replace(LLAMA_8B, q_heads=28, kv_heads=2, sliding_windows=(4096,)), Options(), (MEDIUM,)),
+    ("groups of 15 and 64", replace(LLAMA_8B, q_heads=15, kv_heads=1, head_dim=64), Options(), (MEDIUM,)),
+    ("groups of 16", replace(LLAMA_8B, q_heads=32, kv_heads=2), Options(), (MIXED,)),
 )  # fmt: skip
 _LLAMA_TPU = replace(LLAMA_8B, block_size=128)
 _TPU: _Table = (
@@ -100,6 +114,8 @@ _ROTATED = (
     ("llama 70B on 8", replace(LLAMA_8B, q_heads=8, kv_heads=1)),
     ("SmolLM2 135M", replace(LLAMA_8B, q_heads=9, kv_heads=3, head_dim=64)),
     ("no groups, float16", replace(LLAMA_8B, q_heads=32, kv_heads=32, dtype="float16")),
+    ("no groups of 96", replace(LLAMA_8B, q_heads=32, kv_heads=32, head_dim=96)),
+    ("groups of 16 and 256", replace(LLAMA_8B, q_heads=16, kv_heads=1, head_dim=256)),
 )
 
 

@@ -29,9 +29,17 @@ _VOCAB = 128256
 def must_fail_jobs() -> list[Job]:
     """One job for each rule, `expected` being a part of what its failure must say."""
     pools = Limits(pool_elements=_POOL_ELEMENTS)
+    unaligned = _job("a slice at an odd address", _H100, _lower_unaligned_slice, "do not start at a multiple of 256")
     return [
+        *([unaligned] if jax.__version_info__ >= (0, 11) else []),  # before, XLA copies what a kernel gets of an array
         _job("shared memory over budget", _H100, partial(_lower_gpu_kernel, 1024), "shared memory"),
         _job("registers that spill", _H100, partial(_lower_gpu_kernel, 256), "spills registers"),
+        _job(
+            "products one after another",
+            _H100,
+            _lower_serialized_products,
+            "wgmma.mma_async instructions are serialized",
+        ),
         _job("VMEM over budget", _V5E, _lower_tpu_kernel, "vmem"),
         _job("a kernel without a report", _H100, _lower_no_kernel, "no kernel left a report"),
         _job("a pool that is copied", _H100, _lower_pool_copy, "as large as a pool: copy", pools),
@@ -88,6 +96,51 @@ def _lower_gpu_kernel(size: int, mesh: Mesh) -> Lowered:
     grid = plgpu.Mesh(grid=(1,), grid_names=("block",))
     kernel: Any = pl.kernel(normalise, out_type=out, mesh=grid)
     return jax.jit(kernel).lower(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh)))
+
+
+def _lower_serialized_products(mesh: Mesh) -> Lowered:
+    """Two products at once, whose results take 128 registers of a thread each."""
+    rows, inner, columns = 64, 64, 256
+    tiling = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
+
+    def multiply(x_ref: Any, y_ref: Any, out_ref: Any) -> None:
+        def body(x: Any, y: Any, first: Any, second: Any, arrived: Any) -> None:
+            plgpu.copy_gmem_to_smem(x_ref, x, arrived)
+            plgpu.copy_gmem_to_smem(y_ref, y, arrived)
+            plgpu.barrier_wait(arrived)
+            plgpu.wgmma(first, x, y)
+            plgpu.wgmma(second, x, y)
+            plgpu.wgmma_wait(0)
+            out_ref[...] = first[...] * second[...]
+
+        pl.run_scoped(
+            body,
+            plgpu.SMEM((rows, inner), jnp.bfloat16, transforms=tiling),
+            plgpu.SMEM((inner, columns), jnp.bfloat16, transforms=tiling),
+            plgpu.ACC((rows, columns), jnp.float32),
+            plgpu.ACC((rows, columns), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+        )
+
+    grid = plgpu.Mesh(grid=(1,), grid_names=("block",))
+    kernel: Any = pl.kernel(multiply, out_type=jax.ShapeDtypeStruct((rows, columns), jnp.float32), mesh=grid)
+    x, y = (
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated(mesh))
+        for shape in ((rows, inner), (inner, columns))
+    )
+    return jax.jit(kernel).lower(x, y)
+
+
+def _lower_unaligned_slice(mesh: Mesh) -> Lowered:
+    """A kernel that reads 256 numbers of a larger argument, from the fourth on."""
+
+    def double(x_ref: Any, out_ref: Any) -> None:
+        out_ref[...] = x_ref[...] * 2
+
+    grid = plgpu.Mesh(grid=(1,), grid_names=("block",))
+    kernel: Any = pl.kernel(double, out_type=jax.ShapeDtypeStruct((256,), jnp.int32), mesh=grid)
+    x = jax.ShapeDtypeStruct((1024,), jnp.int32, sharding=replicated(mesh))
+    return jax.jit(lambda x: kernel(x[3:259])).lower(x)
 
 
 def _lower_tpu_kernel(mesh: Mesh) -> Lowered:

@@ -20,16 +20,18 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", 
 
 _INTRODUCTION = """# What the compilers say
 
-Written by `make compile-check`, which compiles every kernel and the runner's sharded programs, those of draft models
-and draft heads among them, ahead of time with the compilers of the devices, on a machine that has none of them. That a
-program compiles says nothing of its values, and nothing of its speed; what a GPU showed is in
-[gpu-check.md](gpu-check.md), and no TPU ran any of this.
+Written by `make compile-check`, which compiles every kernel and the runner's sharded programs, the small ones around a
+step and those of draft models and draft heads among them, ahead of time with the compilers of the devices, on a machine
+that has none of them. That a program compiles says nothing of its values, and nothing of its speed; what a GPU showed
+is in [gpu-check.md](gpu-check.md), and no TPU ran any of this. Llama 3.3 70B is not compiled for v5e: its weights of
+141 GB take more than 8 chips of 16 GB.
 
-A check fails where a GPU kernel spills a register, where a program makes an array as large as a KV pool or keeps a
-pool out of its donated argument, where a kernel is given an address that it was not compiled for, where temporaries
-exceed a step's activations, where the vocabulary is sorted, and where devices communicate more often than expected.
-Programs that break one rule each on purpose must be found first. Steps have two layers here, those of draft heads
-their only one; `ARGS=--full` compiles all of them.
+A check fails where a GPU kernel spills a register or waits for each product before it starts the next, where a program
+makes an array as large as a KV pool or keeps a pool out of its donated argument, where a kernel is given an address
+that it was not compiled for, where temporaries exceed a step's activations, where the vocabulary is sorted, and where
+devices communicate more often than expected. Programs that break one rule each on purpose must be found first; that of
+addresses cannot be broken with JAX 0.10, which copies slices for kernels. Steps have two layers here, those of draft
+heads their only one; `ARGS=--full` compiles all of them.
 """
 
 _NOTES = """\

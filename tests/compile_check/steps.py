@@ -20,12 +20,16 @@ from jaxserve.runner.buckets import Buckets
 from jaxserve.runner.model_graph import ModelGraph, choose_backend
 from jaxserve.runner.program_arguments import ProgramShapes
 from jaxserve.runner.programs import Programs
+from jaxserve.runner.step import PROMPT_LOGPROB_ROWS
 from jaxserve.sampling.inputs import VARIANTS, Variant
 from tests.compile_check.jobs import Job, Limits
 from tests.compile_check.kernels import IMPLEMENTATION
 from tests.compile_check.targets import Target
 
 ITEM_BYTES = jnp.dtype(jnp.bfloat16).itemsize
+# Of the scores of known tokens, where the vocabulary is split: its largest, its mass, the token's logit, those above
+# it, and the best few.
+PROMPT_COLLECTIVES = 5
 REDUCED_LAYERS = 2  # all layers are alike: two show what a layer costs, and what lies between two
 
 _8B = known_config("meta-llama/Llama-3.1-8B-Instruct")
@@ -99,6 +103,25 @@ class Deployment:
             # The embedding's, and of each layer the attention's and the feed-forward's sum over devices.
             max_collectives=2 * num_layers + 1 if num_devices > 1 else 0,
         )
+
+    def small_limits(self) -> dict[str, Limits]:
+        """Of the small programs around a step, by name; tables are written where they lie."""
+        tokens = 4 * (self.max_num_seqs + 1) * self.max_model_len  # bytes, as all here
+        tables = tokens // self.block_size
+        num_devices = self.target.tensor_size
+        logits = 4 * PROMPT_LOGPROB_ROWS * self.decoder.vocab_size // num_devices
+        return {
+            "take_rows": Limits(max_temp_bytes=PROMPT_LOGPROB_ROWS * self.decoder.hidden_size * ITEM_BYTES),
+            "score_prompt": Limits(
+                max_temp_bytes=2 * logits,
+                vocab_size=self.decoder.vocab_size,
+                num_shards=num_devices,
+                max_collectives=PROMPT_COLLECTIVES if num_devices > 1 else 0,
+            ),
+            "write_slot": Limits(min_alias_bytes=tokens + tables, max_temp_bytes=tokens),
+            "write_blocks": Limits(min_alias_bytes=tables, max_temp_bytes=tables),
+            "write_drafts": Limits(min_alias_bytes=tokens, max_temp_bytes=tables),
+        }
 
     def sampler_limits(self, variant: Variant, *, num_more_collectives: int = 0) -> Limits:
         """Of the head and the sampler."""
@@ -187,6 +210,8 @@ def step_jobs(*, full: bool) -> list[Job]:
         for name, num_tokens in sizes.items():
             jobs.append(_forward_job(deployment, f"{name} step of {num_tokens}", num_tokens, full=full))
         jobs += [_sample_job(deployment, variant) for variant in VARIANTS]
+        if deployment.hf_config == _8B and deployment.target.name in ("h100", "v5e-4"):  # no model makes them differ
+            jobs += [_small_job(deployment, name, limits) for name, limits in deployment.small_limits().items()]
     return jobs
 
 
@@ -211,6 +236,16 @@ def _sample_job(deployment: Deployment, variant: Variant) -> Job:
     )
 
 
+def _small_job(deployment: Deployment, name: str, limits: Limits) -> Job:
+    return Job(
+        name=f"{deployment.name}, {name}",
+        target=deployment.target,
+        lower=partial(_lower_small, deployment, name),
+        limits=limits,
+        has_kernels=False,
+    )
+
+
 def _programs(deployment: Deployment, num_layers: int, mesh: Mesh) -> Programs:
     decoder = replace(deployment.decoder, num_layers=num_layers)
     backend = choose_backend(
@@ -226,6 +261,7 @@ def _programs(deployment: Deployment, num_layers: int, mesh: Mesh) -> Programs:
         num_blocks=deployment.num_blocks,
         max_num_seqs=deployment.max_num_seqs,
         max_model_len=deployment.max_model_len,
+        max_num_drafts=deployment.max_num_seqs,
     )
     return Programs(ModelGraph(decoder, dtype=jnp.bfloat16, backend=backend), shapes)
 
@@ -238,3 +274,8 @@ def _lower_forward(deployment: Deployment, num_layers: int, num_tokens: int, mes
 def _lower_sample(deployment: Deployment, variant: Variant, mesh: Mesh) -> Lowered:
     programs = _programs(deployment, 1, mesh)
     return programs.lower_sample(deployment.buckets.row_sizes[-1], variant)
+
+
+def _lower_small(deployment: Deployment, name: str, mesh: Mesh) -> Lowered:
+    sizes = deployment.buckets.token_sizes[-1:] if name == "take_rows" else ()
+    return _programs(deployment, 1, mesh).lower_small(name, *sizes)

@@ -16,8 +16,7 @@ from pallas_kernels.kv_write.cases import Case as WriteCase
 from pallas_kernels.kv_write.reference import kv_write_reference, rotate_and_write_reference
 from pallas_kernels.numerics import pool_dtype, tolerance
 from pallas_kernels.paged_attention import choose_implementation, paged_attention
-from pallas_kernels.paged_attention.cases import Case, Inputs, make_inputs
-from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.cases import Case, Inputs, expected, make_inputs
 from tests.gpu.cases import attention_cases, rotation_cases, write_cases
 from tests.gpu.sizes import Sizes
 
@@ -64,17 +63,7 @@ def _attention(case: Case, sizes: Sizes) -> Check:
 
     def check() -> dict[str, Any]:
         got = program(*operands)
-        wanted = paged_attention_reference(
-            np.asarray(inputs.q.astype(jnp.float32)),
-            inputs.k_values,
-            inputs.v_values,
-            case.query_lens,
-            case.kv_lens,
-            inputs.block_tables,
-            sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
-            **_options(case),
-        )
-        return compared(got, wanted, case.dtype)
+        return compared(got, expected(case, inputs), case.dtype)
 
     return check
 
@@ -83,14 +72,10 @@ def attention_call(case: Case, inputs: Inputs) -> tuple[Any, tuple[Any, ...]]:
     """A case's jitted call and its operands."""
 
     def call(q: Any, k_pool: Any, v_pool: Any, metadata: Any, sinks: Any) -> jax.Array:
-        return paged_attention(q, k_pool, v_pool, metadata, sinks=sinks, **_options(case))
+        return paged_attention(q, k_pool, v_pool, metadata, sinks=sinks, **case.options)
 
     metadata = jax.tree.map(jnp.asarray, inputs.metadata)
     return jax.jit(call), (inputs.q, inputs.k_pool, inputs.v_pool, metadata, inputs.sinks)
-
-
-def _options(case: Case) -> dict[str, Any]:
-    return {"scale": case.head_dim**-0.5, "sliding_window": case.sliding_window, "soft_cap": case.soft_cap}
 
 
 def _write(case: WriteCase, sizes: Sizes) -> Check:

@@ -6,8 +6,8 @@ import pytest
 
 from pallas_kernels.isolation import Outcome
 from pallas_kernels.paged_attention import choose_implementation
-from pallas_kernels.paged_attention.cases import CASES, Case
-from tests.gpu.cases import REFUSED_BY_GPU_KERNELS, attention_cases
+from pallas_kernels.paged_attention.cases import CASES, SUPPORTED, Case
+from tests.gpu.cases import attention_cases
 from tests.gpu.correctness import prepare, works
 from tests.gpu.judging import is_sound, lines
 from tests.gpu.sizes import FULL
@@ -25,13 +25,11 @@ def is_refused(case: Case) -> bool:
 def test_gpu_kernels_take_all_cases_but_those_that_are_named():
     checked = attention_cases(FULL)
     assert [name for name, case in checked.items() if is_refused(case)] == []
-    left_out = {case.name: replace(case, dtype="bfloat16") for case in CASES if case.name not in checked}
-    assert left_out.keys() == REFUSED_BY_GPU_KERNELS
-    assert [name for name, case in left_out.items() if not is_refused(case)] == []
-
-
-def test_what_gpu_kernels_refuse_others_are_checked_with():
-    assert attention_cases(replace(FULL, implementation="xla")).keys() >= REFUSED_BY_GPU_KERNELS
+    assert checked.keys() >= {case.name for case in SUPPORTED if "mosaic_gpu" not in case.refused_by}
+    refused = {case.name for case in CASES if is_refused(replace(case, dtype="bfloat16"))}
+    assert refused == {case.name for case in CASES if "mosaic_gpu" in case.refused_by}
+    assert refused.isdisjoint(checked)
+    assert attention_cases(replace(FULL, implementation="xla")).keys() >= refused
 
 
 def test_kernels_that_refuse_every_case_make_no_sound_run():

@@ -19,6 +19,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import (
     decode_plan_shapes,
     decode_sizes,
 )
+from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import MAX_DECODE_BUCKET
 from tests.kernels.line_count import lines_run
 
 
@@ -75,7 +76,7 @@ def met(items: np.ndarray, window, shape) -> np.ndarray:
 
 @st.composite
 def batches(draw):
-    max_query = draw(st.sampled_from([1, 16]))
+    max_query = draw(st.sampled_from([1, 16, MAX_DECODE_BUCKET]))
     rows = draw(st.lists(st.tuples(st.integers(1, max_query), st.integers(0, 1500)), max_size=12))
     query_lens = [new for new, _ in rows]
     return {

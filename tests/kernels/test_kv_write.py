@@ -37,6 +37,12 @@ def test_agrees_with_the_reference_outside_of_block_0(case, implementation):
         np.testing.assert_array_equal(np.asarray(pool)[1:], reference.view(stored)[1:])
 
 
+def test_the_cases_have_each_head_dimension_block_size_and_dtype():
+    assert {case.head_dim for case in CASES} == {64, 80, 96, 128, 256}
+    assert {case.block_size for case in CASES} == {16, 32, 64, 128, 256}
+    assert {case.dtype for case in CASES} == {"float32", "bfloat16", "float16"}
+
+
 def test_float32_values_are_rounded_to_the_nearest_bfloat16():
     pool = jnp.zeros(pool_shape(2, 16, 1, 64), jnp.uint16)
     k = jnp.asarray(np.random.default_rng(0).standard_normal((2, 1, 64)), jnp.float32)

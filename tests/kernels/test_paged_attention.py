@@ -14,19 +14,18 @@ from pallas_kernels.paged_attention import (
     metadata_shapes,
     paged_attention,
 )
-from pallas_kernels.paged_attention.cases import CASES, Case, Inputs, make_inputs
-from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.cases import BATCHES, Case, Inputs, expected, make_inputs
 
 pytestmark = pytest.mark.usefixtures("compiled_as_served")
 
 IMPLEMENTATIONS = ("xla", "native_cpu")
 SERVED = [
     pytest.param(case, implementation, id=f"{case.name}-{implementation}")
-    for case in CASES
+    for case in BATCHES
     for implementation in IMPLEMENTATIONS
-    if implementation == "xla" or case.dtype != "float16"
+    if implementation not in case.refused_by
 ]
-BY_NAME = {case.name: case for case in CASES}
+BY_NAME = {case.name: case for case in BATCHES}
 CPU = jax.devices()[0]
 
 
@@ -36,28 +35,11 @@ def attend(case: Case, inputs: Inputs) -> np.ndarray:
         inputs.k_pool,
         inputs.v_pool,
         inputs.metadata,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
+        **case.options,
         sinks=inputs.sinks,
     )
     assert out.dtype == inputs.q.dtype
     return np.asarray(out.astype(jnp.float32))
-
-
-def expected(case: Case, inputs: Inputs) -> np.ndarray:
-    return paged_attention_reference(
-        np.asarray(inputs.q.astype(jnp.float32)),
-        inputs.k_values,
-        inputs.v_values,
-        case.query_lens,
-        case.kv_lens,
-        inputs.block_tables,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
-        sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
-    )
 
 
 @pytest.mark.parametrize(("case", "implementation"), SERVED)
@@ -188,6 +170,9 @@ def test_wrong_arguments_raise_value_error():
             attend(case, dataclasses.replace(inputs, **change))
     with pytest.raises(ValueError, match="sliding_window"):
         attend(dataclasses.replace(case, sliding_window=0), inputs)
+    for scale in (0.0, -0.125, np.inf, np.nan):
+        with pytest.raises(ValueError, match=f"scale must be positive and finite, got {scale}"):
+            attend(dataclasses.replace(case, scale=scale), inputs)
     with pytest.raises(ValueError, match="soft_cap"):
         attend(dataclasses.replace(case, soft_cap=0.0), inputs)
     with pytest.raises(ValueError, match="unknown implementation 'triton'"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,9 +9,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.numerics import tolerance
 from pallas_kernels.paged_attention import AttentionGeometry
-from pallas_kernels.paged_attention.cases import Case, make_inputs
-from pallas_kernels.paged_attention.mosaic_tpu import check_supported, padded_head_dim, paged_attention, settings, tiles
-from pallas_kernels.paged_attention.reference import paged_attention_reference
+from pallas_kernels.paged_attention.cases import Case, expected, make_inputs
+from pallas_kernels.paged_attention.mosaic_tpu import check_supported, paged_attention, settings, tiles
+from tests.kernels import interpreted
 
 # One token; one short of a block, a full block, one more; a full chunk of keys and one more; several tiles of keys.
 DECODES = ((0, 1), (14, 1), (15, 1), (16, 1), (127, 1), (128, 1), (300, 1))
@@ -37,28 +36,6 @@ BREADTH = (
         soft_cap=2.0,
         sinks=True,
     ),
-    Case(
-        name="eight_queries_a_head",
-        rows=((0, 1), (130, 1), (7, 9)),
-        q_heads=8,
-        kv_heads=1,
-        head_dim=128,
-        block_size=32,
-        dtype="bfloat16",
-        num_tokens=16,
-        has_prefill=True,
-    ),
-    Case(
-        name="multi_head_of_80",
-        rows=((60, 1), (3, 4)),
-        q_heads=2,
-        kv_heads=2,
-        head_dim=80,
-        block_size=48,
-        has_prefill=True,
-        sinks=True,
-    ),
-    Case(name="four_queries_a_head_of_256", rows=DECODES[3:], q_heads=8, kv_heads=2, head_dim=256, sliding_window=130),
 )
 
 SIMULATED = (
@@ -80,57 +57,13 @@ SIMULATED = (
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Tiles of 256 keys, chunks of 128, query tiles of 16 to 32 tokens: the loops go round in small cases too."""
-    monkeypatch.setattr(tiles, "MAX_KV_TILE", 256)
-    monkeypatch.setattr(tiles, "KV_CHUNK", 128)
-    monkeypatch.setattr(tiles, "PREFILL_ROWS", 64)
-
-
-def in_lanes(values, dtype):
-    """A pool [num_blocks, block_size, kv_heads, head_dim] as the TPU holds it; lanes without a head are zeros."""
-    num_blocks, block_size, kv_heads, head_dim = values.shape
-    padded = padded_head_dim(head_dim)
-    lanes = -(-kv_heads * padded // 128) * 128
-    out = np.zeros((num_blocks, block_size, kv_heads, padded))
-    out[..., :head_dim] = values
-    out = np.pad(out.reshape(num_blocks, block_size, -1), ((0, 0), (0, 0), (0, lanes - kv_heads * padded)))
-    return jnp.asarray(out, dtype)
-
-
-@jax.jit(static_argnames=("scale", "sliding_window", "soft_cap", "interpret"))  # cases of one shape compile once
-def jitted(q, k_pool, v_pool, metadata, sinks, **static):
-    return paged_attention(q, k_pool, v_pool, metadata, sinks=sinks, **static)
+    interpreted.small_tiles_of_tpu(monkeypatch)
 
 
 def attend(case, inputs, interpret):
-    pools = [in_lanes(values, case.dtype) for values in (inputs.k_values, inputs.v_values)]
-    out = jitted(
-        inputs.q,
-        *pools,
-        inputs.metadata,
-        inputs.sinks,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
-        interpret=interpret,
-    )
+    out = interpreted.on_tpu(case, inputs, interpret)
     assert out.dtype == inputs.q.dtype
     return np.asarray(out.astype(jnp.float32))
-
-
-def expected(case, inputs):
-    return paged_attention_reference(
-        np.asarray(inputs.q.astype(jnp.float32)),
-        inputs.k_values,
-        inputs.v_values,
-        case.query_lens,
-        case.kv_lens,
-        inputs.block_tables,
-        scale=case.head_dim**-0.5,
-        sliding_window=case.sliding_window,
-        soft_cap=case.soft_cap,
-        sinks=None if inputs.sinks is None else np.asarray(inputs.sinks),
-    )
 
 
 @pytest.mark.parametrize("case", BREADTH, ids=lambda case: case.name)

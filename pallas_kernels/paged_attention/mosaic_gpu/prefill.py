@@ -70,8 +70,6 @@ def prefill(
     Arguments mean what they mean in `paged_attention.op`. Registers hold f32 scores and sums; the weights are rounded
     to q's dtype before they meet V. NotImplementedError for geometries that `check_prefill_supported` refuses.
     """
-    if scale <= 0:
-        raise NotImplementedError(f"mosaic_gpu prefill takes the maximum before it scales: scale must be > 0: {scale}")
     num_items = plan.rows.shape[0]
     _, block_size, kv_heads, head_dim = k_pool.shape
     geometry = AttentionGeometry(
@@ -400,7 +398,7 @@ class _Prefill:
             unit = self.soft_cap * _LOG2E
         if visible is not None:
             scores = jnp.where(visible, scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(axis=1) * unit)
+        new_top = jnp.maximum(top, scores.max(axis=1) * unit)  # the largest before it is scaled: scales are positive
         weights = jnp.exp2(scores * unit - self.product.over_columns(new_top, scores.shape[1]))
         return weights, new_top, jnp.exp2(top - new_top)
 

@@ -1,4 +1,4 @@
-"""Tile sizes of the GPU kernels by head dimension, and the configurations that are compiled without a device."""
+"""Tile sizes of the GPU kernels by head dimension, and the sizes of models that the kernels take."""
 
 import dataclasses
 import functools
@@ -55,31 +55,6 @@ def checked_decode_tiles(geometry: AttentionGeometry, **fields: int) -> DecodeTi
     queries = (tiles.query_stages * 2 + 4) * _ROWS * geometry.head_dim  # and results, in float32
     _check_shared_memory(keys + queries + _BARRIER_BYTES, tiles)
     return tiles
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeConfig:
-    """One program of the decode kernel that must compile for an H100."""
-
-    head_dim: int
-    block_size: int
-    group: int = 4
-    tokens_per_tile: int = 1
-    dtype: str = "bfloat16"
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    sinks: bool = False
-
-
-COMPILE_CONFIGS: tuple[DecodeConfig, ...] = (
-    *(DecodeConfig(head_dim=dim, block_size=size) for dim in HEAD_DIMS for size in (16, 64, 256)),
-    *(DecodeConfig(head_dim=dim, block_size=16, tokens_per_tile=8) for dim in HEAD_DIMS),
-    *(DecodeConfig(head_dim=128, block_size=16, group=group) for group in (1, 5, 8, 16)),
-    DecodeConfig(head_dim=128, block_size=16, group=16, tokens_per_tile=4, dtype="float16"),
-    DecodeConfig(head_dim=64, block_size=16, group=8, sliding_window=128, sinks=True),
-    DecodeConfig(head_dim=256, block_size=32, group=2, sliding_window=4096, soft_cap=50.0),
-    DecodeConfig(head_dim=256, block_size=16, tokens_per_tile=8, sliding_window=64, soft_cap=30.0, sinks=True),
-)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,26 +117,3 @@ class GpuTiles:
 def tuned_sizes(geometry: AttentionGeometry) -> dict[str, int | str]:
     """What the best tiles depend on: not on how many KV heads share a device's work, nor on which 16-bit type."""
     return {"head_dim": geometry.head_dim, "block_size": geometry.block_size, "group": geometry.group}
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillConfig:
-    """One program of the prefill kernel that must compile for an H100."""
-
-    head_dim: int
-    block_size: int
-    group: int = 4
-    dtype: str = "bfloat16"
-    sliding_window: int | None = None
-    soft_cap: float | None = None
-    sinks: bool = False
-
-
-PREFILL_COMPILE_CONFIGS: tuple[PrefillConfig, ...] = (
-    *(PrefillConfig(head_dim=head_dim, block_size=size) for head_dim in HEAD_DIMS for size in (16, 64, 256)),
-    *(PrefillConfig(head_dim=128, block_size=16, group=group) for group in (1, 5, 8, 16)),
-    PrefillConfig(head_dim=128, block_size=24, dtype="float16"),
-    PrefillConfig(head_dim=64, block_size=16, group=8, sliding_window=128, sinks=True),
-    PrefillConfig(head_dim=256, block_size=32, group=2, sliding_window=4096, soft_cap=50.0),
-    PrefillConfig(head_dim=256, block_size=16, group=8, sliding_window=64, soft_cap=30.0, sinks=True),
-)
