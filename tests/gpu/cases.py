@@ -17,7 +17,8 @@ _SAME_AS_OTHERS = frozenset({
     "common_chunks", "common_chunks_bfloat16", "common_chunks_to_the_last_token", "common_chunks_and_prefill",
     "common_chunks_of_tails", "more_rows_than_a_group", "multi_head", "four_queries_a_head",
     "eight_queries_on_one_head", "bfloat16", "float16", "blocks_of_32", "blocks_of_256", "chunk_edges",
-    "padding_rows_and_tokens", "prefill_from_nothing", "prefill_continues_a_chunk", "sinks", "soft_cap", "window_of_one",
+    "padding_rows_and_tokens", "prefill_from_nothing", "prefill_continues_a_chunk", "sinks", "soft_cap",
+    "window_of_one",
 })  # fmt: skip
 _DECODES = ((0, 1), (63, 1), (64, 1), (300, 1))  # a token; a tile of keys; a tile and one; long enough to be split
 _MIXED = ((0, 70), (37, 1), (100, 64), (0, 1), (200, 30), (255, 1), (5, 2))
