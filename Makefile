@@ -95,8 +95,8 @@ fix: $(VENV)/.installed-lint
 	@touch $@
 
 # Compiles every kernel and the sharded step for H100s and TPUs with their real compilers, and judges the result.
-# Some ten minutes a JAX version on two cores, longer on busy ones: COMPILE_JAX=0.11.2 for one of them, and
-# ARGS='--target h100 --only decode' for a part (--full: all layers); see `python -m tests.compile_check --help`.
+# Some six minutes a JAX version on two cores, ten with ARGS=--drafts, longer on busy ones: COMPILE_JAX=0.11.2 for one of
+# them, and ARGS='--target h100 --only decode' for a part (--full: all layers); `python -m tests.compile_check --help`.
 compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
 	$(if $(PYTHON312),,@echo 'compile-check: no Python 3.12 found (PYTHON312=...), so JAX 0.11 and 0.12 are left out')
 	@failed=; for version in $(COMPILE_JAX); do \

@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from jaxserve.plan import hlo
-from tests.compile_check import inspection, plans, report, targets
+from tests.compile_check import catalogue, inspection, plans, report, targets
 
 
 @pytest.mark.parametrize("module", [hlo, inspection, plans, report, targets], ids=lambda module: module.__name__)
@@ -71,3 +71,12 @@ def test_a_fusion_with_more_pools_than_its_kernel_writes_is_found():
 def test_slices_that_kernels_get_at_odd_addresses_are_found():
     assert inspection.unaligned_operands(around_a_kernel(start=64)) == []  # 256 bytes
     assert inspection.unaligned_operands(around_a_kernel(start=48)) == ["slice.1"]
+
+
+def test_what_drafts_is_compiled_when_asked_for():
+    everything = {catalogue.key(job) for job in catalogue.all_jobs(full=False)}
+    usual = {catalogue.key(job) for job in catalogue.all_jobs(full=False, drafts=False)}
+    drafting = everything - usual
+    assert usual < everything
+    assert {name.split(",")[0] for name in drafting} == {"Llama 3.1 8B", "MiMo 7B"}
+    assert all("head" in name or "draft model" in name for name in drafting)

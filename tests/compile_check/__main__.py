@@ -32,7 +32,8 @@ _TIMEOUT_S = 1800  # of one job: all layers of the largest model on slow cores
 def main() -> int:
     """Exit status 1 if a program breaks a rule, or, of those that must, does not."""
     arguments = _arguments()
-    jobs = [job for job in all_jobs(full=arguments.full) if _is_asked_for(job, arguments)]
+    drafts = arguments.drafts or arguments.only != "*"
+    jobs = [job for job in all_jobs(full=arguments.full, drafts=drafts) if _is_asked_for(job, arguments)]
     if not jobs:
         print("no job fits --only and --target", file=sys.stderr)
         return 2
@@ -62,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--target", choices=("h100", "v5e", "v6e"), help="one kind of device")
     parser.add_argument("--full", action="store_true", help=f"all layers of each model, not {REDUCED_LAYERS}")
+    parser.add_argument("--drafts", action="store_true", help="what drafts, too: draft models and heads")
     parser.add_argument("--must-fail", action="store_true", help="compile the programs that must be found at fault")
     parser.add_argument("--record", action="store_true", help="write a part's results to docs/ as well, beside others")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="jobs at once")

@@ -21,10 +21,11 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda13-pjrt", "libtpu", 
 _INTRODUCTION = """# What the compilers say
 
 Written by `make compile-check`, which compiles every kernel and the runner's sharded programs, the small ones around a
-step and those of draft models and draft heads among them, ahead of time with the compilers of the devices, on a machine
-that has none of them. That a program compiles says nothing of its values, and nothing of its speed; what a GPU showed
-is in [gpu-check.md](gpu-check.md), and no TPU ran any of this. Llama 3.3 70B is not compiled for v5e: its weights of
-141 GB take more than 8 chips of 16 GB.
+step among them, ahead of time with the compilers of the devices, on a machine that has none of them; with
+`ARGS=--drafts` also those of draft models and draft heads, which take as long as two thirds of the rest. That a
+program compiles says nothing of its values, and nothing of its speed; what a GPU showed is in
+[gpu-check.md](gpu-check.md), and no TPU ran any of this. Llama 3.3 70B is not compiled for v5e: its weights of 141 GB
+take more than 8 chips of 16 GB.
 
 A check fails where a GPU kernel spills a register or waits for each product before it starts the next, where a program
 makes an array as large as a KV pool or keeps a pool out of its donated argument, where a kernel is given an address
@@ -40,8 +41,8 @@ _NOTES = """\
 * `registers` a thread, `spills` in bytes and `shared` memory a block are those of the Mosaic GPU kernel that takes
   most of each, as ptxas says. Kernels that share their registers out anew among warpgroups show what they start with.
 * `h100-4` are four devices that share each layer, `h100-2x2` two data shards of two.
-* Compile times are those of CPU cores that had other work beside: two programs at once, each in its own process.
-  The three versions take some half an hour in all on two such cores.
+* Compile times are those of two programs at once, each in its own process, on two cores of an AMD EPYC (Zen 4); some
+  had other work beside.
 """
 
 _ROOFLINE = """## TPU: the compiler's figures beside the roofline
