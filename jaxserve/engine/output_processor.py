@@ -65,7 +65,7 @@ class OutputProcessor:
     def _error_of(self, delta: TokenDelta) -> RequestError:
         message = delta.error or "the engine failed on this request"
         if delta.is_error_by_request:
-            return InvalidRequestError(message, param=self._prepared.params.ruling_field, code="no_token_left")
+            return InvalidRequestError(message, param=self._prepared.params.ruling_field, code="unsatisfiable_request")
         return RequestFailedError(message)
 
     def abort(self) -> None:

@@ -259,6 +259,7 @@ def test_what_a_request_made_impossible_is_its_own_error(tokenizer, params, fiel
 
     assert isinstance(processor.error, InvalidRequestError)
     assert (processor.error.message, processor.error.param) == ("none is left", field)
+    assert processor.error.code == "unsatisfiable_request"
 
 
 def test_an_abort_keeps_what_was_generated(tokenizer):
