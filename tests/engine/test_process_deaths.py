@@ -77,7 +77,7 @@ async def test_an_answer_that_was_complete_before_the_death_is_still_read(fake_c
     async with fake_client() as client:
         iterator = client.generate("abc", SamplingParams(max_tokens=3), request_id="r")
         await anext(iterator)
-        await asyncio.sleep(0.1)
+        await wait_for(lambda: not client._live.get("r").unfinished_ids)
         os.kill(client.engine_pid, signal.SIGKILL)
         await wait_for(lambda: client.health.state is EngineState.RESTARTING)
 
