@@ -17,9 +17,9 @@ python_of = $(firstword $(shell python$(1) -c 'import sys; print(sys.executable)
 MATRIX ?= $(foreach version,3.12 3.13,$(if $(call python_of,$(version)),$(version)))
 
 # Compile checks: one environment a JAX version, each with the compilers of NVIDIA GPUs and TPUs, for a machine with
-# neither. JAX from 0.11 on needs Python 3.12: where none is found, the newer versions are left out and named.
+# neither. JAX from 0.11 on needs Python 3.12: where none is found, that is said. COMPILE_JAX=0.12.0.1 for the newest.
 PYTHON312 ?= $(call python_of,3.12)
-COMPILE_JAX ?= 0.10.2 $(if $(PYTHON312),0.11.2 0.12.0.1)
+COMPILE_JAX ?= 0.10.2 $(if $(PYTHON312),0.11.2)
 LIBTPU_0.10.2 := 0.0.42.1
 LIBTPU_0.11.2 := 0.0.48.1
 LIBTPU_0.12.0.1 := 0.0.50.1
@@ -33,7 +33,7 @@ GPU_PYTHON ?= $(BIN)/python
 GPU_INSTALLED := $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/.installed-$(CUDA))
 OP ?= paged_decode
 
-.PHONY: install serve test test-matrix lint types check fix bench clean compile-check plan-check gpu-check autotune
+.PHONY: install serve test test-kernels test-matrix lint types check fix bench clean compile-check plan-check gpu-check autotune
 .DEFAULT_GOAL := install
 
 # A stamp a set of packages: what is installed is not installed again until pyproject.toml changes.
@@ -73,6 +73,11 @@ test-matrix: $(MATRIX:%=.venv-test-%/.installed)
 		.venv-test-$$version/bin/python $(TEST) $(ARGS) || failed="$$failed $$version"; \
 	done; test -z "$$failed" || { echo "test-matrix failed with Python$$failed"; exit 1; }
 
+# The kernels with the newest JAX: its interpreters know more, and find GPU kernels' races and missing fences.
+test-kernels: $(if $(PYTHON312),.venv-test-3.12/.installed)
+	$(if $(PYTHON312),.venv-test-3.12/bin/python $(TEST) tests/kernels $(ARGS), \
+		@echo 'test-kernels: no Python 3.12 found (PYTHON312=...), and so no newer JAX than that of make test')
+
 lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -95,10 +100,10 @@ fix: $(VENV)/.installed-lint
 	@touch $@
 
 # Compiles every kernel and the sharded step for H100s and TPUs with their real compilers, and judges the result.
-# Some six minutes a JAX version on two cores, ten with ARGS=--drafts, longer on busy ones: COMPILE_JAX=0.11.2 for one of
-# them, and ARGS='--target h100 --only decode' for a part (--full: all layers); `python -m tests.compile_check --help`.
+# Some six minutes a JAX version on two cores, ten with ARGS=--drafts, longer on busy ones.
+# ARGS='--target h100 --only decode' for a part (--full: all layers); `python -m tests.compile_check --help`.
 compile-check: $(COMPILE_JAX:%=.venv-compile-%/.installed)
-	$(if $(PYTHON312),,@echo 'compile-check: no Python 3.12 found (PYTHON312=...), so JAX 0.11 and 0.12 are left out')
+	$(if $(PYTHON312),,@echo 'compile-check: no Python 3.12 found (PYTHON312=...), so JAX 0.11 is left out')
 	@failed=; for version in $(COMPILE_JAX); do \
 		.venv-compile-$$version/bin/python -m tests.compile_check --must-fail || failed="$$failed $$version"; \
 		.venv-compile-$$version/bin/python -m tests.compile_check $(ARGS) || failed="$$failed $$version"; \

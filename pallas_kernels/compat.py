@@ -23,6 +23,11 @@ def gpu_interpret_params(**options: Any) -> Any:
     return importlib.import_module(module).InterpretGPUParams(**options)
 
 
+def gpu_interpreter_models_memory() -> bool:
+    """Whether the Mosaic GPU interpreter knows buffers that share memory, and fences between stores and bulk copies."""
+    return jax.__version_info__ >= (0, 12)
+
+
 def gpu_load(ref: Any, *, layout: Any, optimized: bool = True) -> jax.Array:
     """Loads all of a SMEM or GMEM ref into registers; 0.10 insists on an index, later versions deprecate it."""
     gpu: Any = importlib.import_module("jax.experimental.pallas.mosaic_gpu")  # no other backend waits for it

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.benchmark import time_calls
+from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import from_storage, tolerance
 from pallas_kernels.paged_attention.cases import Case, make_inputs
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
@@ -111,10 +112,15 @@ class _Candidate:
         """Of a toy's step: in one of fewer a GPU has no prefill kernel."""
         return 72 if self.implementation == "mosaic_gpu" else 32
 
+    @property
+    def interpret(self) -> Any:
+        """A toy's kernel runs on the CPU, in the interpreter of its device."""
+        return self.toy and (gpu_interpret_params() if self.implementation == "mosaic_gpu" else True)
+
     def attend(self, q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, metadata: Any, *, scale: float) -> jax.Array:
         """The kernel itself; CPUs store bfloat16 as bits."""
         run = implementation_of(self.implementation).paged_attention
-        return run(q, from_storage(k_pool), from_storage(v_pool), metadata, scale=scale, interpret=self.toy)
+        return run(q, from_storage(k_pool), from_storage(v_pool), metadata, scale=scale, interpret=self.interpret)
 
 
 def _measure(candidate: _Candidate) -> dict[str, float]:

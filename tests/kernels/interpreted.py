@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import from_storage
 from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.paged_attention.cases import Case, Inputs
@@ -26,9 +27,14 @@ def few_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "decode_sizes", partial(attention.decode_sizes, num_sms=2))
 
 
+def gpu() -> object:
+    """The interpreter of GPU kernels, which looks for races: it raises at one, and prints it before JAX 0.12."""
+    return gpu_interpret_params(detect_races=True)
+
+
 def on_gpu(case: Case, inputs: Inputs) -> jax.Array:
     """Attention of inputs that were planned for `mosaic_gpu`."""
-    run = partial(mosaic_gpu.paged_attention, **case.options, interpret=True)
+    run = partial(mosaic_gpu.paged_attention, **case.options, interpret=gpu())
     pools = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     return jax.jit(run)(inputs.q, *pools, jax.tree.map(jnp.asarray, inputs.metadata), sinks=inputs.sinks)
 

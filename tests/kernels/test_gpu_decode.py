@@ -29,6 +29,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import build_decode_plan, decode_sizes
 from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import MAX_DECODE_BUCKET
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles
+from tests.kernels import interpreted
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
 pytestmark = pytest.mark.usefixtures("few_reads_at_once")
@@ -96,7 +97,7 @@ def decode(case: Case, inputs: Inputs, *, num_sms: int = 3, tiles: DecodeTiles |
         **case.options,
         sinks=inputs.sinks,
         tiles=tiles,
-        interpret=True,
+        interpret=interpreted.gpu(),
     )
     out = jax.jit(run)(inputs.q, from_storage(inputs.k_pool), from_storage(inputs.v_pool), tables, plan)
     assert out.dtype == inputs.q.dtype
@@ -128,9 +129,7 @@ def test_long_rows_are_tiles_of_the_decode_kernel_in_a_small_step_and_the_prefil
     case = _bf16(name="mixed", rows=((40, 1), (130, 20), (0, 3)), num_tokens=num_tokens, has_prefill=True)
     inputs = make_inputs(case, unread=np.nan, implementation="mosaic_gpu")
     assert (inputs.metadata.plan.prefill is None) == (num_tokens <= MAX_DECODE_BUCKET)
-    attend = jax.jit(functools.partial(paged_attention, **case.options, interpret=True))
-    k_pool, v_pool = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
-    out = attend(inputs.q, k_pool, v_pool, jax.tree.map(jnp.asarray, inputs.metadata))
+    out = interpreted.on_gpu(case, inputs)
     np.testing.assert_allclose(np.asarray(out.astype(jnp.float32)), expected(case, inputs), **tolerance(case.dtype))
 
 

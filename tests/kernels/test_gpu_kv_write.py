@@ -29,9 +29,8 @@ def make_inputs(case):
     return kv, pools, np.asarray(case.slots, np.int32)
 
 
-def interpret(k, v, k_pool, v_pool, slots):
-    params = gpu_interpret_params()
-    run = jax.jit(partial(kv_write_mosaic_gpu, interpret=params))
+def interpret(k, v, k_pool, v_pool, slots, **params):
+    run = jax.jit(partial(kv_write_mosaic_gpu, interpret=gpu_interpret_params(**params)))
     return [np.asarray(pool) for pool in run(*map(jnp.asarray, (k, v, k_pool, v_pool, slots)))]
 
 
@@ -87,6 +86,11 @@ def assert_rotated_and_written(outputs, inputs, dtype):
     np.testing.assert_array_equal(got[1].reshape(rows)[untouched], k_pool.reshape(rows)[untouched])
 
 
+def interpret_rotation(*inputs, **params):
+    run = jax.jit(partial(rotate_and_write_mosaic_gpu, interpret=gpu_interpret_params(**params)))
+    return run(*map(jnp.asarray, inputs))
+
+
 EIGHT = (95, 16, 40, 0, 0, 96, -1, 17)
 ROTATED = [
     (Case(name="grouped", slots=EIGHT, dtype="bfloat16"), 3),
@@ -104,8 +108,7 @@ ROTATED += HANGING if jax.__version_info__ >= (0, 11) else []
 @pytest.mark.parametrize(("case", "group"), ROTATED, ids=lambda value: getattr(value, "name", ""))
 def test_the_interpreted_rotation_agrees_with_the_reference(case, group):
     inputs = make_projections(case, group)
-    run = jax.jit(partial(rotate_and_write_mosaic_gpu, interpret=gpu_interpret_params()))
-    assert_rotated_and_written(run(*map(jnp.asarray, inputs)), inputs, case.dtype)
+    assert_rotated_and_written(interpret_rotation(*inputs), inputs, case.dtype)
 
 
 @pytest.mark.parametrize(("case", "group"), [*ROTATED[:3], *HANGING], ids=lambda value: getattr(value, "name", ""))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import from_storage, tolerance
 from pallas_kernels.paged_attention.cases import Case, expected, make_inputs
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import prefill
@@ -20,6 +19,7 @@ from pallas_kernels.paged_attention.mosaic_gpu.prefill_plan import (
     prefill_plan_shapes,
 )
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import HEAD_DIMS, PrefillTiles
+from tests.kernels import interpreted
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
 UNWRITTEN = 7.0
@@ -53,7 +53,7 @@ def attend(case, unread=np.nan, tiles=None):
     starts = np.concatenate(([0], np.cumsum(query_lens)))
     sizes = {"geometry": case.geometry, "num_tokens": case.num_tokens, "num_rows": case.num_rows}
     plan = build_prefill_plan(query_lens, kv_lens, starts, **sizes)
-    run = partial(prefill, **case.options, tiles=tiles, interpret=gpu_interpret_params())
+    run = partial(prefill, **case.options, tiles=tiles, interpret=interpreted.gpu())
     pools = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     tables, lens = inputs.metadata.block_tables, inputs.metadata.kv_lens
     out = jax.jit(run)(inputs.q, *pools, jnp.full_like(inputs.q, UNWRITTEN), tables, lens, plan, sinks=inputs.sinks)

@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, rows_per_token
 from pallas_kernels.paged_attention.mosaic_gpu.merge import Partials, merge_partials
+from tests.kernels import interpreted
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
 pytestmark = pytest.mark.usefixtures("compiled_once", "few_reads_at_once")
@@ -54,7 +55,8 @@ def split_softmax(plan, group, rng, *, blind=()):
 
 
 def merged(before, partials, plan, sinks=None):
-    return np.asarray(jax.jit(partial(merge_partials, interpret=True))(jnp.asarray(before), partials, plan, sinks))
+    merge = jax.jit(partial(merge_partials, interpret=interpreted.gpu()))
+    return np.asarray(merge(jnp.asarray(before), partials, plan, sinks))
 
 
 def softmax(scores, values, sink):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from pallas_kernels.compat import cuda_runtime_version, gpu_interpret_params
+from pallas_kernels.compat import cuda_runtime_version
 from pallas_kernels.paged_attention.geometry import AttentionGeometry
 from pallas_kernels.paged_attention.metadata import AttentionMetadata
 from pallas_kernels.paged_attention.mosaic_gpu.decode import paged_decode
@@ -139,7 +139,7 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,  # f32[q_heads]
-    interpret: bool = False,  # on the CPU, without the layouts of registers and shared memory
+    interpret: Any = None,  # compat.gpu_interpret_params(): run on the CPU
 ) -> jax.Array:
     """Returns [tokens, q_heads, head_dim] in q's dtype; see `paged_attention.op`.
 
@@ -172,5 +172,5 @@ def paged_attention(
         plan.prefill,
         **options,
         tiles=plan.tiles.prefill,
-        interpret=gpu_interpret_params() if interpret else None,
+        interpret=interpret,
     )

@@ -18,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, Item, rows_between_heads, rows_per_token
 from pallas_kernels.paged_attention.mosaic_gpu.decode_refs import KeyRange, Operands, Shared, Softmax, Work
@@ -47,11 +46,11 @@ def paged_decode(
     soft_cap: float | None = None,
     sinks: jax.Array | None = None,  # f32[q_heads]
     tiles: DecodeTiles | None = None,
-    interpret: bool = False,
+    interpret: Any = None,  # compat.gpu_interpret_params(): run on the CPU
 ) -> jax.Array:
     """Attention of the plan's query tiles: [tokens, q_heads, head_dim] in q's dtype.
 
-    Tokens that no item of the plan covers get anything. `interpret` runs the kernel on a CPU.
+    Tokens that no item of the plan covers get anything.
 
     Grid (multiprocessors). Each thread block takes items x KV heads in turn, longest first, heads of an item side by
     side, since their keys lie side by side in a block. One warpgroup copies and one computes; they share a ring of
@@ -65,7 +64,7 @@ def paged_decode(
     """
     kv_heads, head_dim = k_pool.shape[2:]
     kernel = _Decode(
-        wg=Warpgroup(interpret=interpret),
+        wg=Warpgroup(interpret=bool(interpret)),
         tiles=tiles or heuristic_decode_tiles(head_dim),
         group=q.shape[1] // kv_heads,
         tokens_per_tile=plan.tokens_per_tile,
@@ -81,7 +80,7 @@ def paged_decode(
         soft_cap=soft_cap,
         has_sinks=sinks is not None,
     )
-    out, partials = kernel(q, k_pool, v_pool, block_tables, plan, sinks)
+    out, partials = kernel(q, k_pool, v_pool, block_tables, plan, sinks, interpret)
     if partials is None:
         return out
     return merge_partials(out, partials, plan, sinks, interpret=interpret)
@@ -127,6 +126,7 @@ class _Decode:
         block_tables: jax.Array,
         plan: DecodePlan,
         sinks: jax.Array | None,
+        interpret: Any,
     ) -> tuple[jax.Array, Partials | None]:
         if self.head_rows > self.group:
             q_by_head = q.reshape(-1, self.kv_heads, self.group, self.head_dim)
@@ -139,7 +139,6 @@ class _Decode:
         operands = [rows, k_pool, v_pool, block_tables, plan.items]
         if sinks is not None:
             operands.append(sinks_by_row(sinks, self.kv_heads, ROWS, self.token_rows))
-        options: dict[str, Any] = {"interpret": gpu_interpret_params()} if self.wg.interpret else {}
         results = plgpu.kernel(
             self._body,
             out_type=self._results(q.shape[0] * q.shape[1]),
@@ -149,7 +148,7 @@ class _Decode:
             num_threads=2,
             thread_name="warpgroup",
             compiler_params=_COMPILER_PARAMS,
-            **options,
+            interpret=interpret,
         )(*operands)
         out = results[0].reshape(q.shape)
         return out, Partials(*results[1:]) if self.num_partials else None

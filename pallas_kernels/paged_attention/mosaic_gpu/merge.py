@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import gpu_interpret_params, gpu_operand
+from pallas_kernels.compat import gpu_operand
 from pallas_kernels.numerics import MASKED
 from pallas_kernels.paged_attention.mosaic_gpu.decode_plan import DecodePlan, Merge, rows_per_token
 from pallas_kernels.paged_attention.mosaic_gpu.product import Warpgroup
@@ -27,7 +27,7 @@ class Partials(NamedTuple):
 
 
 def merge_partials(
-    out: jax.Array, partials: Partials, plan: DecodePlan, sinks: jax.Array | None, *, interpret: bool = False
+    out: jax.Array, partials: Partials, plan: DecodePlan, sinks: jax.Array | None, *, interpret: Any = None
 ) -> jax.Array:
     """`out` [tokens, q_heads, head_dim] with the rows of the plan's merges set; donated, it changes in place.
 
@@ -41,7 +41,7 @@ def merge_partials(
         return out
     group = out.shape[1] // kv_heads
     kernel = _Merge(
-        wg=Warpgroup(interpret=interpret),
+        wg=Warpgroup(interpret=bool(interpret)),
         group=group,
         token_rows=rows_per_token(group),
         kv_heads=kv_heads,
@@ -49,7 +49,6 @@ def merge_partials(
         dtype=out.dtype,
         has_sinks=sinks is not None,
     )
-    interpreter = gpu_interpret_params() if interpret else None
     operands = [*partials, plan.merges]
     if sinks is not None:
         operands.append(sinks_by_row(sinks, kv_heads, kernel.token_rows, kernel.token_rows))
@@ -61,10 +60,10 @@ def merge_partials(
             grid=(num_merges, kv_heads, tile_rows // kernel.token_rows), grid_names=("merge", "head", "token")
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        interpret=interpreter,
+        interpret=interpret,
         name="merge_partials",
     )
-    call(*(gpu_operand(jnp.asarray(x), interpret=interpreter) for x in operands), out_ref)
+    call(*(gpu_operand(jnp.asarray(x), interpret=interpret) for x in operands), out_ref)
     return jax.freeze(out_ref).reshape(out.shape)
 
 

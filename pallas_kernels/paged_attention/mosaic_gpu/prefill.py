@@ -155,7 +155,8 @@ class _Prefill:
         head_dim, dtype = self.geometry.head_dim, jnp.dtype(self.geometry.dtype)
         q = self.product.tile((ROWS, head_dim), dtype, stages=COMPUTE_WARPGROUPS)
         rows_out = plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS, -(-head_dim // _ALIGNED) * _ALIGNED), dtype)
-        # Results take the place of the queries, each warpgroup's of its own: only where both have the same size.
+        # Results take the place of the queries, each warpgroup's of its own: only where both have the same size. Not in
+        # the interpreter, whose unions are whole: one warpgroup may store its result while the other has its queries.
         aliased = head_dim % _ALIGNED == 0 and not self.product.interpret
         ring = self.product.tile((self.tiles.block_kv, head_dim), dtype, stages=self.tiles.stages)
         copies = self.tiles.block_kv // self.box

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.compat import gpu_load, gpu_store_slowly
+from pallas_kernels.compat import gpu_interpreter_models_memory, gpu_load, gpu_store_slowly
 
 _THREADS = 128  # of a warpgroup
 ROWS = 64  # of wgmma's first operand, per warpgroup; a larger tile has a multiple of it
@@ -25,8 +25,9 @@ class Warpgroup:
 
     The interpreters of Pallas know neither the layouts of registers nor, in every JAX version, wgmma. With
     `interpret` each method is the same arithmetic on plain arrays, so that all around it (work lists, barriers,
-    masks, the online softmax) is the kernel's own code in a run on the CPU. What such a run cannot show: the layouts,
-    the swizzled addresses, the order of asynchronous copies and products.
+    masks, the online softmax) is the kernel's own code in a run on the CPU, where newer versions also find what copies
+    and warpgroups do not wait for. What such a run cannot show: the layouts, the swizzled addresses, the fence between
+    a store and the product that reads it.
     """
 
     interpret: bool
@@ -46,7 +47,7 @@ class Warpgroup:
 
     def either(self, *refs: Any) -> Any:
         """Buffers of which only one is in use at a time; the kernel gets a sequence of refs."""
-        return refs if self.interpret else plgpu.RefUnion(*refs)
+        return refs if self.interpret and not gpu_interpreter_models_memory() else plgpu.RefUnion(*refs)
 
     def full(self, shape: tuple[int, int], value: float) -> jax.Array:
         """f32[rows, columns], laid out as the result of a product."""
@@ -101,7 +102,7 @@ class Warpgroup:
         `meanwhile` runs between the issue of the product and the wait for it; it must not touch either operand.
         """
         if self.interpret:
-            product = _dot(q[...], k[...], ((1,), (1,)))
+            product = self._dot(q[...], k[...], ((1,), (1,)))
             if meanwhile is not None:
                 meanwhile()
             return product
@@ -122,7 +123,7 @@ class Warpgroup:
         p has v's dtype. The accumulator stays in its registers: `acc` is spent. `meanwhile` as in `scores`.
         """
         if self.interpret:
-            total = acc + _dot(p, v[...], ((1,), (0,)))
+            total = acc + self._dot(p, v[...], ((1,), (0,)))
             if meanwhile is not None:
                 meanwhile()
             return total
@@ -134,6 +135,11 @@ class Warpgroup:
 
         total: Any = pl.run_state(issue)(_ACCUMULATOR.init(acc))
         return total
+
+    def _dot(self, a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
+        """f32: the interpreted product of what was just read from shared memory."""
+        plgpu.commit_smem()  # wgmma reads as copies write, so nothing stands between them; loads are of another path
+        return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)
 
     def _as(self, x: jax.Array, layout: Any) -> jax.Array:
         return x if self.interpret else plgpu.layout_cast(x, layout)
@@ -148,7 +154,3 @@ def _plain(shape: tuple[int, ...]) -> Any:
 def with_more_rows(x: jax.Array, extra: int) -> jax.Array:
     """[rows + extra, ...]: zeros at the end; x itself where there is nothing to add."""
     return jnp.pad(x, ((0, extra), *((0, 0),) * (x.ndim - 1))) if extra else x
-
-
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) -> jax.Array:
-    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=jnp.float32)

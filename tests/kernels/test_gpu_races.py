@@ -1,0 +1,127 @@
+"""Kernels for NVIDIA GPUs in the interpreter's race detector: no copy and no warpgroup runs ahead of what it needs.
+
+Accesses of the same bytes by warpgroups and bulk copies must be put in order by barriers, waits and fences. Each of
+those is also left out once: a race that nobody sees then would not be seen in the kernel either.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.compat import gpu_interpreter_models_memory
+from pallas_kernels.kv_write.cases import Case
+from pallas_kernels.paged_attention.cases import make_inputs
+from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, PrefillTiles
+from tests.kernels import test_gpu_decode, test_gpu_kv_write, test_gpu_prefill
+
+pytest_plugins = ("tests.kernels.gpu_interpreter",)
+pytestmark = pytest.mark.usefixtures("few_reads_at_once")
+
+_SYNCHRONISATION = ("barrier_wait", "wait_smem_to_gmem", "commit_smem")
+_WRITTEN = Case(name="distinct_slots", slots=tuple(range(95, 63, -2)), kv_heads=2, dtype="bfloat16")
+
+
+def decode() -> None:
+    """Rings that wrap, a last tile of keys with unread ones, a row that is split and merged and two that are not."""
+    case = test_gpu_decode.BY_NAME["split_rows_with_sinks"]
+    tiles = DecodeTiles(kv_tile=64, stages=2, query_stages=1)
+    test_gpu_decode.decode(case, make_inputs(case), num_sms=2, tiles=tiles)
+
+
+def prefill() -> None:
+    """More tiles of keys than stages, the last with unread ones; tiles of queries that are full and that are not."""
+    case = test_gpu_prefill.case(name="ends_among_keys", rows=((330, 34),), head_dim=128)
+    test_gpu_prefill.attend(case, tiles=PrefillTiles(block_kv=64, stages=2))
+
+
+def kv_write() -> None:
+    (k, v), pools, slots = test_gpu_kv_write.make_inputs(_WRITTEN)
+    test_gpu_kv_write.interpret(k, v, *pools, slots, detect_races=True)
+
+
+def rotate_and_write() -> None:
+    projections = test_gpu_kv_write.make_projections(_WRITTEN, 2)
+    jax.block_until_ready(test_gpu_kv_write.interpret_rotation(*projections, detect_races=True))
+
+
+class Wait(NamedTuple):
+    """A place where a kernel waits, or puts its stores before what follows."""
+
+    name: str
+    function: str
+    line: int
+
+
+@contextmanager
+def left_out(wait: Wait | None) -> Iterator[dict[Wait, None]]:
+    """Kernels are traced anew, without this one; yields all of them, as they are met."""
+    met: dict[Wait, None] = {}
+
+    def instead_of(name: str) -> Callable[..., Any]:
+        synchronise = getattr(plgpu, name)
+
+        def call(*args: Any, **options: Any) -> Any:
+            caller = sys._getframe(1)
+            here = Wait(name, caller.f_code.co_qualname, caller.f_lineno)
+            met[here] = None
+            return None if here == wait else synchronise(*args, **options)
+
+        return call
+
+    jax.clear_caches()
+    with mock.patch.multiple(plgpu, **{name: instead_of(name) for name in _SYNCHRONISATION}):
+        yield met
+    jax.clear_caches()
+
+
+def fails(kernel: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> bool:
+    """Whether the detector finds a race, or the interpreter a copy that is under way at the end."""
+    try:
+        kernel()
+    except jax.errors.JaxRuntimeError:
+        return True
+    return "RACE DETECTED" in capfd.readouterr().out  # so say versions that do not raise
+
+
+@pytest.mark.parametrize("kernel", [decode, prefill, kv_write, rotate_and_write])
+def test_nothing_races(kernel, capfd, compiled_once):
+    assert not fails(kernel, capfd)
+
+
+def test_a_copy_that_nobody_waited_for_races(capfd):
+    with left_out(None) as met:
+        rotate_and_write()
+    arrived = next(wait for wait in met if wait.name == "barrier_wait")
+    with left_out(arrived):
+        assert fails(rotate_and_write, capfd)
+
+
+@pytest.mark.skipif(
+    not gpu_interpreter_models_memory(), reason="before JAX 0.12 kernels without a wait hang, and fences are not known"
+)
+@pytest.mark.parametrize(
+    ("kernel", "unseen"),
+    [
+        # A product reads as copies do, the interpreted one as loads do, which need no fence after stores. At the end
+        # stages are waited for that nobody fills again: barriers want it, not memory.
+        (decode, {"commit_smem in _Decode._zero_unseen_values", "barrier_wait in _Decode._drain"}),
+        (prefill, {"commit_smem in _Prefill._zero_unread", "barrier_wait in _Prefill._produce"}),
+        (kv_write, {"commit_smem in kv_write_mosaic_gpu"}),  # from copies to copies
+        (rotate_and_write, set()),
+    ],
+)
+def test_each_wait_is_missed_when_it_is_left_out(kernel, unseen, capfd):
+    with left_out(None) as met:
+        assert not fails(kernel, capfd)
+    not_missed = set()
+    for wait in met:
+        with left_out(wait):
+            if not fails(kernel, capfd):
+                not_missed.add(f"{wait.name} in {wait.function.split('.<locals>')[0]}")
+    assert not_missed == unseen
