@@ -209,10 +209,12 @@ def _throughput(results: Results, sizes: Sizes) -> list[Line]:
     beside = ""
     if theirs:
         beside = (
-            f"transformers ({theirs['attention']}, {theirs['requests']} requests, decoding alone) "
-            f"{theirs['output_tokens_per_s']:.0f}"
+            f"transformers ({theirs['attention']}, {theirs['requests']} requests, reckoned from their prompts and "
+            f"{theirs['decoding_s']:.0f} s of decoding) {theirs['output_tokens_per_s']:.0f}"
         )
-        beside += "" if ratio is None else f": {ratio:.1f} times"
+    if ours and theirs:
+        alone = ours["output_tokens_per_s"] / theirs["decoding_tokens_per_s"]
+        beside += f": {ratio:.1f} times; {alone:.1f} times its decoding alone"
     requests, layers = sizes.throughput_requests, sizes.model["num_hidden_layers"]
     return [
         Line(

@@ -63,6 +63,7 @@ class Sizes:
     throughput_input: int = 1000
     throughput_output: int = 1000
     peer_s: float = 25.0  # that transformers decodes for
+    peer_memory: float | None = None  # share of the memory that it may have; by default as much as it likes
 
 
 FULL = Sizes(name="full", model=LLAMA_8B, tokens_model=LLAMA_8B | {"num_hidden_layers": 4})
@@ -100,5 +101,6 @@ TOY = Sizes(
     throughput_input=16,
     throughput_output=8,
     peer_s=1.0,
+    peer_memory=0.05,
 )
 SIZES = {sizes.name: sizes for sizes in (FULL, QUICK, TOY)}

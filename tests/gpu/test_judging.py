@@ -11,6 +11,7 @@ from tests.gpu import report
 from tests.gpu.judging import Line, Results, is_sound, lines
 from tests.gpu.plan import STAGES, TOTAL_S
 from tests.gpu.sizes import FULL, TOY, Sizes
+from tests.gpu.transformers_batching import figures
 
 COPY = 3e12  # bytes a second
 
@@ -74,12 +75,22 @@ def test_a_decode_step_is_held_to_its_roofline(ms, verdict):
 
 @pytest.mark.parametrize(("theirs", "verdict"), [(900.0, "met"), (1100.0, "missed")])
 def test_throughput_is_held_to_a_multiple_of_transformers(theirs, verdict):
-    peer = {"output_tokens_per_s": theirs, "attention": "sdpa", "requests": 64}
+    peer = {"output_tokens_per_s": theirs, "decoding_tokens_per_s": 2000.0, "decoding_s": 25.0}
+    peer |= {"attention": "sdpa", "requests": 64}
     results = {
         "throughput": stage(jaxserve={"output_tokens_per_s": 10_000.0}),
         "transformers_batching": stage(transformers=peer),
     }
-    assert line(results, "bench throughput").verdict == verdict
+    judged = line(results, "bench throughput")
+    assert judged.verdict == verdict
+    assert judged.beside.endswith(f"{10_000 / theirs:.1f} times; 5.0 times its decoding alone")
+
+
+def test_what_a_run_of_transformers_would_give_is_reckoned_from_its_prompts_and_some_decoding():
+    # 10 s for the first 64 tokens, then 20 tokens a second: 50 s for the other 1000.
+    reckoned = figures(64, 10.0, 500, 25.0, total=1064)
+    assert reckoned["output_tokens_per_s"] == pytest.approx(1064 / 60)
+    assert reckoned["decoding_tokens_per_s"] == 20.0
 
 
 def test_without_a_peer_the_throughput_stands_alone_and_the_run_is_sound():

@@ -1,7 +1,8 @@
 """transformers' continuous batching on the same model and prompts, for as long as the check has for it.
 
-Only its decoding is counted: from when every request has its first token to the end of the time. Prompts cost it
-nothing, so the figure is better than what a whole run would give.
+There is no time for all of its tokens. What a run of them would give is reckoned from the time that the prompts took,
+until every request had its first token, and the rate of decoding behind that. The sequences grow as long only later, so
+the figure is better than what a whole run would give.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def prepare(sizes: Sizes, names: list[str]) -> Callable[[str], dict[str, Any]]:
 
 def _measure(sizes: Sizes) -> dict[str, Any]:
     import torch  # neither is needed by the rest of the check
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     requests = min(_REQUESTS, sizes.throughput_requests)
     workload = Workload(
@@ -42,17 +43,31 @@ def _measure(sizes: Sizes) -> dict[str, Any]:
     )
     model = _model(torch, sizes)
     prompts = [request.prompt_token_ids for request in workload.requests(sizes.model["vocab_size"])]
-    # It generates in a thread of its own, which an inference mode here does not reach: tensors of both would meet.
-    with model.continuous_batching_context_manager(generation_config=generation) as manager:
+    # It warms up first, and generates in a thread of its own, which an inference mode here does not reach: tensors of
+    # both would meet.
+    batching = ContinuousBatchingConfig(max_memory_percent=sizes.peer_memory)
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=batching
+    ) as manager:
         for prompt in prompts:
             manager.add_request(prompt, max_new_tokens=sizes.throughput_output, streaming=True)
-        count, seconds = _counted(manager, requests, sizes)
+        observed = _observed(manager, requests, sizes)
     return {
-        "output_tokens_per_s": count / seconds,
+        **figures(*observed, total=requests * sizes.throughput_output),
         "requests": requests,
-        "seconds": seconds,
         "attention": model.config._attn_implementation,
         "layers": sizes.model["num_hidden_layers"],
+    }
+
+
+def figures(prompt_tokens: int, prompt_s: float, tokens: int, seconds: float, *, total: int) -> dict[str, float]:
+    """Of a run of `total` tokens, of which `prompt_tokens` came in `prompt_s` and the next `tokens` in `seconds`."""
+    decoding = tokens / seconds
+    return {
+        "output_tokens_per_s": total / (prompt_s + (total - prompt_tokens) / decoding),
+        "decoding_tokens_per_s": decoding,
+        "prompt_s": prompt_s,
+        "decoding_s": seconds,
     }
 
 
@@ -65,8 +80,8 @@ def _model(torch: Any, sizes: Sizes) -> Any:
         return LlamaForCausalLM(LlamaConfig(**known, attn_implementation="sdpa")).eval()
 
 
-def _counted(manager: Any, requests: int, sizes: Sizes) -> tuple[int, float]:
-    """Tokens and seconds since all requests have their first token (or `_MAX_PREFILL_S` passed)."""
+def _observed(manager: Any, requests: int, sizes: Sizes) -> tuple[int, float, int, float]:
+    """Tokens and seconds until all requests have their first (or `_MAX_PREFILL_S` passed), and those behind that."""
     lengths: dict[str, int] = {}
     start_s = time.perf_counter()
     begin: tuple[int, float] | None = None
@@ -83,6 +98,6 @@ def _counted(manager: Any, requests: int, sizes: Sizes) -> tuple[int, float]:
             raise RuntimeError("transformers' generation thread ended")
         if begin is None and (len(lengths) == requests or now_s - start_s > _MAX_PREFILL_S):
             begin = (sum(lengths.values()), now_s)
-    if begin is None or now_s == begin[1]:
+    if begin is None or sum(lengths.values()) == begin[0]:
         raise RuntimeError(f"no tokens in {now_s - start_s:.0f} s after the first")
-    return sum(lengths.values()) - begin[0], now_s - begin[1]
+    return begin[0], begin[1] - start_s, sum(lengths.values()) - begin[0], now_s - begin[1]
