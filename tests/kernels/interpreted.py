@@ -1,11 +1,15 @@
 """Runs cases of paged attention by the kernels of devices that are not there, in their interpreters."""
 
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.compat import gpu_interpret_params
 from pallas_kernels.numerics import from_storage
@@ -13,6 +17,7 @@ from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu
 from pallas_kernels.paged_attention.cases import Case, Inputs
 from pallas_kernels.paged_attention.mosaic_gpu import attention
 from pallas_kernels.paged_attention.mosaic_tpu import tiles
+from tests.kernels.left_out import Waits
 
 
 def small_tiles_of_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +42,18 @@ def on_gpu(case: Case, inputs: Inputs) -> jax.Array:
     run = partial(mosaic_gpu.paged_attention, **case.options, interpret=gpu())
     pools = from_storage(inputs.k_pool), from_storage(inputs.v_pool)
     return jax.jit(run)(inputs.q, *pools, jax.tree.map(jnp.asarray, inputs.metadata), sinks=inputs.sinks)
+
+
+def watch_tpu_copies(waits: Waits) -> AbstractContextManager[object]:
+    """Has what kernels wait for watched, while they are traced."""
+    make = pltpu.make_async_copy
+
+    def make_watched(*refs: Any) -> Any:
+        copy = make(*refs)
+        copy.wait = waits.watched("wait", copy.wait)
+        return copy
+
+    return mock.patch.object(pltpu, "make_async_copy", make_watched)
 
 
 def on_tpu(case: Case, inputs: Inputs, interpret: object = True) -> jax.Array:

@@ -4,10 +4,8 @@ Accesses of the same bytes by warpgroups and bulk copies must be put in order by
 those is also left out once: a race that nobody sees then would not be seen in the kernel either.
 """
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from unittest import mock
 
 import jax
@@ -19,11 +17,11 @@ from pallas_kernels.kv_write.cases import Case
 from pallas_kernels.paged_attention.cases import make_inputs
 from pallas_kernels.paged_attention.mosaic_gpu.tiles import DecodeTiles, PrefillTiles
 from tests.kernels import test_gpu_decode, test_gpu_kv_write, test_gpu_prefill
+from tests.kernels.left_out import Waits, not_missed
 
 pytest_plugins = ("tests.kernels.gpu_interpreter",)
 pytestmark = pytest.mark.usefixtures("few_reads_at_once")
 
-_SYNCHRONISATION = ("barrier_wait", "wait_smem_to_gmem", "commit_smem")
 _WRITTEN = Case(name="distinct_slots", slots=tuple(range(95, 63, -2)), kv_heads=2, dtype="bfloat16")
 
 
@@ -50,34 +48,12 @@ def rotate_and_write() -> None:
     jax.block_until_ready(test_gpu_kv_write.interpret_rotation(*projections, detect_races=True))
 
 
-class Wait(NamedTuple):
-    """A place where a kernel waits, or puts its stores before what follows."""
-
-    name: str
-    function: str
-    line: int
+def watch(waits: Waits, *names: str) -> AbstractContextManager[object]:
+    return mock.patch.multiple(plgpu, **{name: waits.watched(name, getattr(plgpu, name)) for name in names})
 
 
-@contextmanager
-def left_out(wait: Wait | None) -> Iterator[dict[Wait, None]]:
-    """Kernels are traced anew, without this one; yields all of them, as they are met."""
-    met: dict[Wait, None] = {}
-
-    def instead_of(name: str) -> Callable[..., Any]:
-        synchronise = getattr(plgpu, name)
-
-        def call(*args: Any, **options: Any) -> Any:
-            caller = sys._getframe(1)
-            here = Wait(name, caller.f_code.co_qualname, caller.f_lineno)
-            met[here] = None
-            return None if here == wait else synchronise(*args, **options)
-
-        return call
-
-    jax.clear_caches()
-    with mock.patch.multiple(plgpu, **{name: instead_of(name) for name in _SYNCHRONISATION}):
-        yield met
-    jax.clear_caches()
+def watch_all(waits: Waits) -> AbstractContextManager[object]:
+    return watch(waits, "barrier_wait", "wait_smem_to_gmem", "commit_smem")
 
 
 def fails(kernel: Callable[[], None], capfd: pytest.CaptureFixture[str]) -> bool:
@@ -95,11 +71,7 @@ def test_nothing_races(kernel, capfd, compiled_once):
 
 
 def test_a_copy_that_nobody_waited_for_races(capfd):
-    with left_out(None) as met:
-        rotate_and_write()
-    arrived = next(wait for wait in met if wait.name == "barrier_wait")
-    with left_out(arrived):
-        assert fails(rotate_and_write, capfd)
+    assert not not_missed(lambda: fails(rotate_and_write, capfd), lambda waits: watch(waits, "barrier_wait"))
 
 
 @pytest.mark.skipif(
@@ -117,11 +89,4 @@ def test_a_copy_that_nobody_waited_for_races(capfd):
     ],
 )
 def test_each_wait_is_missed_when_it_is_left_out(kernel, unseen, capfd):
-    with left_out(None) as met:
-        assert not fails(kernel, capfd)
-    not_missed = set()
-    for wait in met:
-        with left_out(wait):
-            if not fails(kernel, capfd):
-                not_missed.add(f"{wait.name} in {wait.function.split('.<locals>')[0]}")
-    assert not_missed == unseen
+    assert not_missed(lambda: fails(kernel, capfd), watch_all) == unseen

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from pallas_kernels.paged_attention import AttentionGeometry
 from pallas_kernels.paged_attention.cases import Case, expected, make_inputs
 from pallas_kernels.paged_attention.mosaic_tpu import check_supported, paged_attention, settings, tiles
 from tests.kernels import interpreted
+from tests.kernels.left_out import not_missed
 
 # One token; one short of a block, a full block, one more; a full chunk of keys and one more; several tiles of keys.
 DECODES = ((0, 1), (14, 1), (15, 1), (16, 1), (127, 1), (128, 1), (300, 1))
@@ -78,6 +80,24 @@ def test_copies_arrive_before_they_are_used_and_do_not_race(case, capfd):
     out = attend(case, inputs, pltpu.InterpretParams(detect_races=True))
     np.testing.assert_allclose(out, expected(case, inputs), **tolerance(case.dtype))
     assert "RACE" not in capfd.readouterr().out
+
+
+def test_each_wait_is_missed_when_it_is_left_out(capfd):
+    rows = ((20, 1), (140, 1), (9, 1), (300, 18), (30, 20))  # of tiles of 1 token, and of 16, 2, 16 and 4
+    case = Case(
+        name="waits", rows=rows, q_heads=4, kv_heads=1, head_dim=128, num_tokens=48, num_rows=8, has_prefill=True
+    )
+    inputs = make_inputs(case, implementation="mosaic_tpu", unread=np.nan)
+    right = expected(case, inputs)
+
+    def fails():
+        try:
+            out = attend(case, inputs, pltpu.InterpretParams(detect_races=True))
+        except jax.errors.JaxRuntimeError:
+            return True
+        return "RACE" in capfd.readouterr().out or not np.allclose(out, right, **tolerance(case.dtype))
+
+    assert not not_missed(fails, interpreted.watch_tpu_copies)
 
 
 def geometry(**changes):
