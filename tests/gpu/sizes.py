@@ -63,7 +63,7 @@ class Sizes:
     throughput_input: int = 1000
     throughput_output: int = 1000
     peer_s: float = 25.0  # that transformers decodes for
-    peer_memory: float | None = None  # share of the memory that it may have; by default as much as it likes
+    peer_memory: float | None = None  # share (0, 1] of what is free that it may take; by default as it likes
 
 
 FULL = Sizes(name="full", model=LLAMA_8B, tokens_model=LLAMA_8B | {"num_hidden_layers": 4})

@@ -2,14 +2,15 @@
 
 There is no time for all of its tokens. What a run of them would give is reckoned from the time that the prompts took,
 until every request had its first token, and the rate of decoding behind that. The sequences grow as long only later, so
-the figure is better than what a whole run would give.
+the figure is better than what a whole run would give. Where the prompts take too long, the rest of them is part of what
+is called decoding, and `started` says how many were done.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.bench.workload import LengthRange, Workload
 from tests.gpu.sizes import Sizes
@@ -49,25 +50,37 @@ def _measure(sizes: Sizes) -> dict[str, Any]:
     with model.continuous_batching_context_manager(
         generation_config=generation, continuous_batching_config=batching
     ) as manager:
+        start_s = time.perf_counter()
         for prompt in prompts:
             manager.add_request(prompt, max_new_tokens=sizes.throughput_output, streaming=True)
-        observed = _observed(manager, requests, sizes)
+        observed = _observed(manager, requests, sizes, start_s)
     return {
-        **figures(*observed, total=requests * sizes.throughput_output),
+        **figures(observed, requests * sizes.throughput_output),
         "requests": requests,
         "attention": model.config._attn_implementation,
         "layers": sizes.model["num_hidden_layers"],
     }
 
 
-def figures(prompt_tokens: int, prompt_s: float, tokens: int, seconds: float, *, total: int) -> dict[str, float]:
-    """Of a run of `total` tokens, of which `prompt_tokens` came in `prompt_s` and the next `tokens` in `seconds`."""
-    decoding = tokens / seconds
+class Observed(NamedTuple):
+    """Part of a run: `prompt_tokens` came in `prompt_s`, the first of `started` requests, and then `tokens`."""
+
+    started: int
+    prompt_tokens: int
+    prompt_s: float
+    tokens: int
+    decoding_s: float
+
+
+def figures(observed: Observed, total: int) -> dict[str, float]:
+    """Of a run of `total` tokens that goes on as it was observed."""
+    decoding = observed.tokens / observed.decoding_s
     return {
-        "output_tokens_per_s": total / (prompt_s + (total - prompt_tokens) / decoding),
+        "output_tokens_per_s": total / (observed.prompt_s + (total - observed.prompt_tokens) / decoding),
         "decoding_tokens_per_s": decoding,
-        "prompt_s": prompt_s,
-        "decoding_s": seconds,
+        "started": observed.started,
+        "prompt_s": observed.prompt_s,
+        "decoding_s": observed.decoding_s,
     }
 
 
@@ -80,13 +93,12 @@ def _model(torch: Any, sizes: Sizes) -> Any:
         return LlamaForCausalLM(LlamaConfig(**known, attn_implementation="sdpa")).eval()
 
 
-def _observed(manager: Any, requests: int, sizes: Sizes) -> tuple[int, float, int, float]:
-    """Tokens and seconds until all requests have their first (or `_MAX_PREFILL_S` passed), and those behind that."""
+def _observed(manager: Any, requests: int, sizes: Sizes, start_s: float) -> Observed:
+    """The prompts of a run that began at `start_s`, of as many as there is time for, and some decoding."""
     lengths: dict[str, int] = {}
-    start_s = time.perf_counter()
-    begin: tuple[int, float] | None = None
+    begin: tuple[int, int, float] | None = None
     now_s, finished = start_s, 0
-    while finished < requests and (begin is None or now_s - begin[1] < sizes.peer_s):
+    while finished < requests and (begin is None or now_s - begin[-1] < sizes.peer_s):
         result = manager.get_result(timeout=1.0)
         now_s = time.perf_counter()
         if result is not None:
@@ -97,7 +109,8 @@ def _observed(manager: Any, requests: int, sizes: Sizes) -> tuple[int, float, in
         elif not manager.is_running():
             raise RuntimeError("transformers' generation thread ended")
         if begin is None and (len(lengths) == requests or now_s - start_s > _MAX_PREFILL_S):
-            begin = (sum(lengths.values()), now_s)
-    if begin is None or sum(lengths.values()) == begin[0]:
+            begin = (len(lengths), sum(lengths.values()), now_s)
+    if begin is None or sum(lengths.values()) == begin[1]:
         raise RuntimeError(f"no tokens in {now_s - start_s:.0f} s after the first")
-    return begin[0], begin[1] - start_s, sum(lengths.values()) - begin[0], now_s - begin[1]
+    started, tokens, begin_s = begin
+    return Observed(started, tokens, begin_s - start_s, sum(lengths.values()) - tokens, now_s - begin_s)

@@ -1,6 +1,7 @@
-"""Leaves out, one after the other, what a kernel waits for: a detector of races that misses none finds each."""
+"""Leaves out, one after the other, what a kernel waits for, and sees whether its interpreter misses it."""
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax
 
 
 class Wait(NamedTuple):
-    """A place where a kernel waits, or fences its stores off from what follows."""
+    """A place where a kernel waits, or fences its stores off from what follows; in a loop over K and V, for both."""
 
     name: str
     path: tuple[tuple[str, int], ...]  # functions of pallas_kernels and lines in them, from the innermost
@@ -23,7 +24,7 @@ class Waits:
 
     def __init__(self, left_out: Wait | None) -> None:
         self.left_out = left_out
-        self.met: dict[Wait, None] = {}
+        self.met: dict[Wait, None] = {}  # in the order of tracing, which passes some places several times
 
     def watched(self, name: str, wait: Callable[..., None]) -> Callable[..., None]:
         """`wait`, to be called in its place."""
@@ -46,7 +47,7 @@ def _path() -> list[tuple[str, int]]:
     return path
 
 
-def not_missed(fails: Callable[[], bool], watch: Callable[[Waits], AbstractContextManager[object]]) -> set[str]:
+def not_missed(fails: Callable[[], bool], watch: Callable[[Waits], AbstractContextManager[object]]) -> Counter[str]:
     """Waits without which `fails` is still False, which runs a kernel; `watch` has them watched while it does."""
 
     def run(left_out: Wait | None) -> tuple[bool, list[Wait]]:
@@ -59,4 +60,4 @@ def not_missed(fails: Callable[[], bool], watch: Callable[[Waits], AbstractConte
 
     failed, met = run(None)
     assert met and not failed
-    return {str(wait) for wait in met if not run(wait)[0]}
+    return Counter(str(wait) for wait in met if not run(wait)[0])

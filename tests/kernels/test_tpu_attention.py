@@ -94,7 +94,7 @@ def test_each_wait_is_missed_when_it_is_left_out(capfd):
         try:
             out = attend(case, inputs, pltpu.InterpretParams(detect_races=True))
         except jax.errors.JaxRuntimeError:
-            return True
+            out = np.nan
         return "RACE" in capfd.readouterr().out or not np.allclose(out, right, **tolerance(case.dtype))
 
     assert not not_missed(fails, interpreted.watch_tpu_copies)

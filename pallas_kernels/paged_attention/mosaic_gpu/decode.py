@@ -411,12 +411,11 @@ class _Decode:
             rows = pl.ds(index * self.token_rows, self.token_rows)
             plgpu.copy_smem_to_gmem(result.at[rows], operands.partial_out.at[work.partial, work.head, rows])
 
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(shared.log_weight, operands.partial_log_weight.at[work.partial, work.head])
         self._for_each_token(work, copy_token)
+        plgpu.copy_smem_to_gmem(shared.log_weight, operands.partial_log_weight.at[work.partial, work.head])
 
     def _for_each_token(self, work: Work, copy: Callable[[int], None]) -> None:
-        """Starts the copies out of shared memory, one a token."""
+        """Starts the copies of what was stored in shared memory, one a token."""
         plgpu.commit_smem()
         for index in range(self.tokens_per_tile):
             pl.when(index < work.num_tokens)(lambda index=index: copy(index))
