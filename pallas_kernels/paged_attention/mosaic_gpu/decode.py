@@ -3,8 +3,9 @@
 On an H100 the 48 cases of 2026-11-26 were right, and from 32 rows of 1024 keys on it read at 83 to 99 % of the rate at
 which the device copies (docs/results/nvidia-h100-80gb-hbm3): wgmma and its layouts, swizzled copies, the order of
 stores and products. What came since has run on no GPU (docs/gpu-check.md): the length of the work list in each item,
-tiles of 2 to 7 tokens in steps of so few, rows of more than 16 tokens, and the cases for these. A run on the CPU checks
-their values with plain dots (see product.py).
+tiles of 2 to 7 tokens in steps of so few, rows of more than 16 tokens, partial results and their weights behind one
+fence, and the cases for these. A run on the CPU checks their values with plain dots (see product.py), and that nothing
+races.
 """
 
 import dataclasses
