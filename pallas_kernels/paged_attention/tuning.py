@@ -113,14 +113,16 @@ class _Candidate:
         return 72 if self.implementation == "mosaic_gpu" else 32
 
     @property
-    def interpret(self) -> Any:
+    def interpreter(self) -> dict[str, Any]:
         """A toy's kernel runs on the CPU, in the interpreter of its device."""
-        return self.toy and (gpu_interpret_params() if self.implementation == "mosaic_gpu" else True)
+        if not self.toy:
+            return {}
+        return {"interpret": gpu_interpret_params() if self.implementation == "mosaic_gpu" else True}
 
     def attend(self, q: jax.Array, k_pool: jax.Array, v_pool: jax.Array, metadata: Any, *, scale: float) -> jax.Array:
         """The kernel itself; CPUs store bfloat16 as bits."""
         run = implementation_of(self.implementation).paged_attention
-        return run(q, from_storage(k_pool), from_storage(v_pool), metadata, scale=scale, interpret=self.interpret)
+        return run(q, from_storage(k_pool), from_storage(v_pool), metadata, scale=scale, **self.interpreter)
 
 
 def _measure(candidate: _Candidate) -> dict[str, float]:
